@@ -1,0 +1,729 @@
+"""GPT-2 as llm.c trains it: AdamW, cosine schedule.
+
+Rung `baseline` of the NanoGPT speedrun course (record 1); chapter nbs/02_baseline.ipynb.
+Made by `speedrun export baseline` from the course's notebooks: change those, not this file.
+
+    torchrun --standalone --nproc_per_node=8 FILE        8 GPUs; 1, 2 and 4 work as well
+    python FILE --size nano --data data/demo_bytes       a laptop CPU
+
+Data: `speedrun data get fineweb --shards N` or `speedrun data get demo` (llm.c's .bin format).
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+# ---- 01_data -------------------------------------------------------------------------------------
+
+SHARD_MAGIC = 20240520
+SHARD_VERSION = 1
+HEADER_BYTES = 256 * 4
+
+
+class DataError(ValueError):
+    "Training data are missing or wrong; the message says which file and what to do."
+
+
+def read_header(
+    path: Path,  # a `.bin` shard
+) -> int:  # number of tokens in the shard
+    "Check magic, version and size of a shard; raises `DataError` (format: llm.c, spec of the speedrun's data)."
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header = np.frombuffer(file.read(12).ljust(12, b"\0"), dtype="<i4")
+    if header[0] != SHARD_MAGIC:
+        raise DataError(f"{path} is not a token shard (wrong magic number); delete it and download it again")
+    if header[1] != SHARD_VERSION:
+        raise DataError(f"{path} has shard version {header[1]}, this code reads version {SHARD_VERSION}; "
+                        "download it again or convert it")
+    expected = HEADER_BYTES + 2 * int(header[2])
+    if size != expected:
+        raise DataError(f"{path} should have {expected:,} bytes for its {header[2]:,} tokens but has {size:,}; "
+                        "delete it and download it again")
+    return int(header[2])
+
+
+def read_shard(
+    path: Path,  # a `.bin` shard
+) -> np.ndarray:  # uint16 tokens, memory-mapped: nothing is read before it is used
+    "Map the tokens of a shard after checking its header."
+    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(read_header(path),))
+
+
+def find_shards(
+    data_dir: Path,  # folder with shards named like fineweb_train_000001.bin
+    split: str,  # "train" or "val"
+) -> list[Path]:  # sorted by name, at least one
+    "The shards of one split; raises `DataError` when there is none."
+    files = sorted(data_dir.glob(f"*_{split}_*.bin"))
+    if not files:
+        raise DataError(f"no {split} shards ({data_dir}/*_{split}_*.bin); fetch some with `speedrun data get demo` or "
+                        "`speedrun data get fineweb --shards 1`, or name another folder with --data")
+    return files
+
+
+class OutOfDocumentsError(Exception):
+    "The shard has no further document start; the batch is abandoned and starts again on the next shard."
+
+
+PARTS = 8  # micro-batches per step over all processes; 8 GPUs take one each
+
+
+class TokenLoader:
+    "Deterministic batches of (inputs, targets) from shards, the same for every number of processes."
+
+    def __init__(
+        self,
+        files: list[Path],  # shards in reading order
+        rows: int,  # rows per step over all processes, a multiple of 8
+        row_len: int,  # tokens per row
+    ):
+        self.files, self.rows, self.row_len = files, rows, row_len
+        if rows % PARTS:
+            raise ValueError(f"{rows} rows per step cannot be dealt to {PARTS} parts; use a multiple of {PARTS}")
+        self.open(shard=0, cursor=0)
+
+    def open(self, shard: int, cursor: int) -> None:
+        "Continue at document or token `cursor` of a shard."
+        self.shard, self.cursor = shard % len(self.files), cursor
+        self.tokens = read_shard(self.files[self.shard])
+
+    def state(self) -> dict[str, int]:
+        "Position of the next step: pass it to `open` to continue there."
+        return {"shard": self.shard, "cursor": self.cursor}
+
+    def pieces(self) -> list[list[tuple[int, int]]]:
+        "Where each row of a step lies on the current shard; moves the cursor only when all rows are found."
+        length, cursor, rows = self.row_len + 1, self.cursor, []
+        for _ in range(self.rows):
+            if cursor + length > len(self.tokens):
+                raise OutOfDocumentsError
+            else:
+                row, cursor = [(cursor, cursor + length)], cursor + self.row_len
+            rows.append(row)
+        self.cursor = cursor
+        return rows
+
+    def next_step(
+        self,
+        parts: list[int],  # which of the eight parts to return
+    ) -> list[tuple[Tensor, Tensor]]:  # per part: inputs and targets, int64 (rows / 8, row_len)
+        "The next batch; a shard that cannot fill it is left for the next one, the first one after the last."
+        for _ in range(len(self.files) + 1):
+            try:
+                rows = self.pieces()
+                break
+            except OutOfDocumentsError:
+                self.open(self.shard + 1, cursor=0)
+        else:
+            raise DataError(f"no shard of {self.files[0].parent} holds one batch of {self.rows} rows of "
+                            f"{self.row_len} tokens; use a smaller batch or more data")
+        size, batches = self.rows // PARTS, []
+        for part in parts:
+            block = [np.concatenate([self.tokens[s:e] for s, e in row]) for row in rows[part * size:(part + 1) * size]]
+            block_bt = torch.from_numpy(np.stack(block).astype(np.int64))
+            batches.append((block_bt[:, :-1].contiguous(), block_bt[:, 1:].contiguous()))
+        return batches
+
+
+# ---- 02_baseline ---------------------------------------------------------------------------------
+
+# b batch rows, t tokens per row, d model dim, h heads, k head dim, v vocab
+class CausalSelfAttention(nn.Module):
+    "Multi-head attention in which a position sees itself and the past (Radford et al. 2019)."
+
+    def __init__(
+        self,
+        dim: int,  # d
+        num_heads: int,  # h; divides d
+    ):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x_btd: Tensor) -> Tensor:
+        "New information for every position, (b, t, d)."
+        split = self.qkv(x_btd).chunk(3, dim=2)
+        q, k, v = (y_btd.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for y_btd in split)
+        y_bhtk = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.proj(y_bhtk.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    "One layer: attention, then an MLP, each added to the residual stream."
+
+    def __init__(
+        self,
+        dim: int,  # d
+        num_heads: int,  # h; divides d
+    ):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attn = CausalSelfAttention(dim, num_heads)
+        self.up, self.proj = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+
+    def forward(self, x_btd: Tensor) -> Tensor:
+        "The stream after this layer, (b, t, d)."
+        x_btd = x_btd + self.attn(self.norm1(x_btd))
+        return x_btd + self.proj(F.gelu(self.up(self.norm2(x_btd)), approximate="tanh"))
+
+
+class GPT2(nn.Module):
+    "GPT-2 with learned positions and one matrix for embedding and head (record 1; Radford et al. 2019)."
+
+    def __init__(
+        self,
+        num_layers: int,
+        dim: int,  # d
+        num_heads: int,  # h; divides d
+        vocab_size: int,  # v
+        max_len: int,  # longest row in tokens
+    ):
+        super().__init__()
+        self.embed, self.position = nn.Embedding(vocab_size, dim), nn.Embedding(max_len, dim)
+        self.blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(dim)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:  # projections into the stream start smaller, so that its variance does not grow with depth
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * num_layers) if "proj" in name else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def logits(self, inputs_bt: Tensor) -> Tensor:
+        "Scores of every next token, (b, t, v)."
+        x_btd = self.embed(inputs_bt) + self.position.weight[: inputs_bt.shape[1]]
+        for block in self.blocks:
+            x_btd = block(x_btd)
+        return F.linear(self.norm(x_btd), self.embed.weight)
+
+    def forward(self, inputs_bt: Tensor, targets_bt: Tensor) -> Tensor:
+        "Mean cross-entropy of the next token in nats, a scalar."
+        return F.cross_entropy(self.logits(inputs_bt).flatten(0, 1).float(), targets_bt.flatten())
+
+
+def cosine(
+    progress: float,  # share of the run that is done, 0..1
+    warmup_frac: float,  # share of the run with a rising rate, below 1
+) -> float:  # factor on the peak learning rate
+    "Linear warm-up, then half a cosine down to zero (the llm.c recipe)."
+    if progress < warmup_frac:
+        return progress / warmup_frac
+    return 0.5 * (1 + math.cos(math.pi * (progress - warmup_frac) / (1 - warmup_frac)))
+
+
+def decay_groups(
+    model: nn.Module,  # any network
+    weight_decay: float,  # decay of matrices; vectors (biases, gains) get none
+) -> list[dict]:  # two parameter groups for AdamW
+    "Split parameters into matrices, which decay, and vectors, which do not."
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+# ---- 90_recipe -----------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Recipe:
+    "The hyperparameters of this rung; choices between techniques are folded into the code."
+
+    num_layers: int = 12  # transformer blocks
+    seq_len: int = 1024  # tokens per row
+    batch_rows: int = 512  # rows per optimizer step over all processes
+    steps: int = 19_560  # optimizer steps
+    warmup_frac: float = 700 / 19_560  # share of steps with a rising learning rate
+    adam_lr: float = 6e-4  # peak learning rate of AdamW
+    adam_beta1: float = 0.9  # AdamW's first-moment decay
+    adam_beta2: float = 0.95  # AdamW's second-moment decay
+    weight_decay: float = 0.1  # AdamW's decoupled decay, matrices only
+    grad_clip: float = 1.0  # largest global gradient norm; 0 = no clipping
+
+
+@dataclass(frozen=True)
+class Size:
+    "Width, vocabulary and data of a model, independent of the rung."
+
+    name: str
+    model_dim: int  # d, width of the residual stream
+    num_heads: int  # h, attention heads; the head dimension is model_dim / num_heads
+    tokenizer: Literal["bytes", "gpt2"]
+    vocab_size: int  # v
+    data: str  # folder under $DATA_PATH/data with the shards
+    val_tokens: int  # validation tokens, at most
+
+
+SIZES = {size.name: size for size in (
+    Size("nano", 128, 4, "bytes", 257, "demo_bytes", 30_720),
+    Size("mini", 384, 6, "gpt2", 50_257, "fineweb10B", 10_485_760),
+    Size("full", 768, 12, "gpt2", 50_257, "fineweb10B", 10_485_760),
+)}
+
+
+# ---- 91_gpt --------------------------------------------------------------------------------------
+
+def build_model(recipe: Recipe, size: Size) -> nn.Module:
+    "The network of a recipe at a size, with fresh weights from torch's global generator."
+    return GPT2(recipe.num_layers, size.model_dim, size.num_heads, size.vocab_size, recipe.seq_len)
+
+
+# ---- 92_train ------------------------------------------------------------------------------------
+
+class RunError(RuntimeError):
+    "A run that cannot start or go on; the message says why and what to do."
+
+
+class Interrupted(RunError):
+    "The run was asked to stop; its checkpoint and log are on disk."
+
+
+@dataclass(frozen=True)
+class World:
+    "This process among all processes of the run."
+
+    rank: int
+    size: int  # number of processes
+    device: torch.device
+
+    @property
+    def parts(self) -> list[int]:
+        "The parts of a step that this process computes: micro-step m takes part m * size + rank."
+        return list(range(self.rank, PARTS, self.size))
+
+    def average(self, x: Tensor) -> Tensor:
+        "Mean over all processes, in place."
+        if self.size > 1:
+            dist.all_reduce(x)
+            x.div_(self.size)
+        return x
+
+
+def join_world(
+    device: str,  # "auto", "cpu" or "cuda"
+) -> World:
+    "Find this process's place and device and join the process group; raises `RunError` when they cannot be had."
+    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if PARTS % size:
+        raise RunError(f"{PARTS} parts per step cannot be shared by {size} processes; use 1, 2, 4 or 8")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RunError("a GPU was asked for, but torch sees none; use --device cpu, or run `speedrun doctor`")
+    if device == "cpu" or not torch.cuda.is_available():
+        place = torch.device("cpu")
+    else:
+        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        torch.cuda.set_device(place)
+        torch.set_float32_matmul_precision("high")
+    if size > 1 and not dist.is_initialized():
+        # NCCL refuses two processes on one GPU; gloo serves there, and on CPUs
+        own_gpu = place.type == "cuda" and size <= torch.cuda.device_count()
+        dist.init_process_group("nccl" if own_gpu else "gloo")
+    return World(rank, size, place)
+
+
+@dataclass(frozen=True)
+class Run:
+    "Options of one run that do not change what is computed, except the seed and the data."
+
+    data_dir: Path  # folder with train and val shards
+    run_dir: Path  # folder for log and checkpoint
+    seed: int = 0
+    val_every: int = 125  # steps between validations
+    save_every: int = 1000  # steps between checkpoints; the end is always saved
+    log_every: int = 10  # steps between reads of the training loss (each one waits for the GPU)
+    compile: bool = False  # compile the model with torch.compile
+    resume: bool = False  # continue from the checkpoint in run_dir
+
+
+class RunLog:
+    "Text log in the original's format and JSON lines; only the first process writes."
+
+    def __init__(
+        self,
+        run_dir: Path,  # made if missing
+        rank: int,
+        resume: bool = False,  # append to the log of an earlier run instead of refusing to overwrite it
+    ):
+        self.rank = rank
+        if rank:
+            return
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            if (run_dir / "log.jsonl").exists() and not resume:
+                raise RunError(f"{run_dir} already holds a run; add --resume to continue it or name another --out")
+            self.text_file = (run_dir / "log.txt").open("a", encoding="utf-8")
+            self.json_file = (run_dir / "log.jsonl").open("a", encoding="utf-8")
+        except OSError as error:
+            raise RunError(f"cannot write to run folder {run_dir} ({error.strerror}); "
+                           "name another with --out") from None
+
+    def text(self, line: str, console: bool = False) -> None:
+        "Append a line to the text log, and show it on request."
+        if self.rank == 0:
+            print(line, file=self.text_file, flush=True)
+            if console:
+                self.show(line)
+
+    def show(self, line: str) -> None:
+        "Show a line to the person watching."
+        print(line, flush=True)
+
+    def record(self, **values: Any) -> None:
+        "Append a JSON line."
+        if self.rank == 0:
+            print(json.dumps(values), file=self.json_file, flush=True)
+
+    def progress(self, step: int, steps: int, train_time_ms: float, tokens: int, train_loss: float) -> None:
+        "Log a training step whose loss was read; `tokens` counts all tokens trained on so far."
+        self.text(f"step:{step}/{steps} train_loss:{train_loss:.4f} train_time:{train_time_ms:.0f}ms "
+                  f"step_avg:{train_time_ms / step:.2f}ms")
+        self.record(step=step, train_loss=train_loss, train_time_ms=train_time_ms, tokens=tokens)
+
+    def validation(self, step: int, steps: int, train_time_ms: float, tokens: int, val_loss: float) -> None:
+        "Log a validation."
+        self.text(f"step:{step}/{steps} val_loss:{val_loss:.4f} train_time:{train_time_ms:.0f}ms "
+                  f"step_avg:{train_time_ms / max(step, 1):.2f}ms", console=True)
+        self.record(step=step, val_loss=val_loss, train_time_ms=train_time_ms, tokens=tokens)
+
+
+def build_optimizers(recipe: Recipe, model: nn.Module) -> list[torch.optim.Optimizer]:
+    "AdamW for everything, or Muon for the matrices inside the blocks and AdamW for the tables."
+    betas = (recipe.adam_beta1, recipe.adam_beta2)
+    groups = decay_groups(model, recipe.weight_decay)
+    return [torch.optim.AdamW(groups, lr=recipe.adam_lr, betas=betas, fused=True)]
+
+
+def lr_factor(recipe: Recipe, step: int) -> float:
+    "Factor on every peak learning rate at a step (0..steps - 1), read in the middle of the step."
+    progress = (step + 0.5) / recipe.steps
+    return cosine(progress, recipe.warmup_frac)
+
+
+def save_checkpoint(
+    path: Path,
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    meta: dict[str, Any],  # JSON-serialisable: step, loader position, recipe, size
+) -> None:
+    "Write weights, optimizer state and position atomically."
+    tensors = {f"model.{name}": p.detach() for name, p in model.state_dict().items()}
+    for i, optimizer in enumerate(optimizers):
+        for j, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+            tensors |= {f"optimizer.{i}.{j}.{key}": value for key, value in optimizer.state[p].items()}
+    partial = path.with_suffix(".partial")
+    save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata={"run": json.dumps(meta)})
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def read_checkpoint(
+    path: Path,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:  # tensors by name, metadata
+    "Tensors and metadata of a checkpoint; raises `RunError` when it is missing or damaged."
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {k: file.get_tensor(k) for k in file.keys()}, json.loads(file.metadata()["run"])  # noqa: SIM118
+    except FileNotFoundError:
+        raise RunError(f"there is no checkpoint at {path}; train first, or name another folder") from None
+    except (SafetensorError, KeyError, TypeError) as error:
+        raise RunError(f"{path} is not a checkpoint of this course or is damaged ({error})") from None
+
+
+def load_checkpoint(
+    path: Path,
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    expected: dict[str, Any],  # metadata that must agree, e.g. the recipe
+) -> dict[str, Any]:  # the metadata
+    "Put a checkpoint's weights and optimizer state in place; raises `RunError` when it belongs to another run."
+    tensors, meta = read_checkpoint(path)
+    for key, value in expected.items():
+        if meta[key] != value:
+            raise RunError(f"{path} was made with another {key}: {meta[key]}; resume with the same one")
+    model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+    for i, optimizer in enumerate(optimizers):
+        for j, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+            prefix = f"optimizer.{i}.{j}."
+            state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            # AdamW's step counter stays where the optimizer put it: on the parameter's device when fused
+            optimizer.state[p] = {k: v.to(p.device) for k, v in state.items()}
+    return meta
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    "Collect SIGINT and SIGTERM in a list instead of dying; a second signal interrupts at once."
+    caught: list[int] = []
+
+    def remember(number, frame):
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    try:
+        before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread, e.g. a notebook widget: leave the handlers alone
+        before = {}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Stopwatch:
+    "Milliseconds of training so far; pausing waits until the GPU has finished."
+
+    def __init__(self, device: torch.device, ms: float = 0.0):
+        self.device, self.before, self.started = device, ms, time.perf_counter()
+
+    def read(self) -> float:
+        "Milliseconds so far, without waiting for the GPU."
+        return self.before + 1e3 * (time.perf_counter() - self.started)
+
+    def pause(self) -> float:
+        "Wait for the GPU and stop counting."
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.before = self.read()
+        return self.before
+
+    def go_on(self) -> None:
+        "Count again."
+        self.started = time.perf_counter()
+
+
+def train_step(
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    batches: list[tuple[Tensor, Tensor]],  # this process's parts
+    grad_clip: float,  # largest gradient norm, 0 = none
+    world: World,
+) -> Tensor:  # mean loss of this process's parts, a scalar on the device
+    "Accumulate gradients over the parts, average them over the processes, update."
+    total = torch.zeros((), device=world.device)
+    for inputs, targets in batches:
+        inputs, targets = inputs.to(world.device, non_blocking=True), targets.to(world.device, non_blocking=True)
+        with torch.autocast("cuda", torch.bfloat16, enabled=world.device.type == "cuda"):
+            loss = model(inputs, targets) / len(batches)
+        loss.backward()
+        total += loss.detach()
+    for p in model.parameters():
+        world.average(p.grad)
+    if grad_clip:
+        nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    for optimizer in optimizers:
+        optimizer.step()
+    model.zero_grad(set_to_none=True)
+    return total
+
+
+@torch.no_grad()
+def validate(
+    model: nn.Module,
+    files: list[Path],  # validation shards
+    recipe: Recipe,
+    size: Size,
+    world: World,
+) -> float:  # mean cross-entropy in nats
+    "Loss over the first `val_tokens` tokens of the validation split, the same rows for any number of processes."
+    loader = TokenLoader(files, recipe.batch_rows, recipe.seq_len)
+    available = sum(read_header(path) - 1 for path in files)  # the last token of a shard is only a target
+    steps = max(1, min(size.val_tokens, available) // (recipe.batch_rows * recipe.seq_len))
+    total = torch.zeros((), device=world.device)
+    for _ in range(steps):
+        for inputs, targets in loader.next_step(world.parts):
+            with torch.autocast("cuda", torch.bfloat16, enabled=world.device.type == "cuda"):
+                total += model(inputs.to(world.device), targets.to(world.device))
+    return world.average(total / (steps * len(world.parts))).item()
+
+
+def warm_up(
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    batches: list[tuple[Tensor, Tensor]],  # first parts of the run
+    grad_clip: float,
+    world: World,
+) -> None:
+    "Compile and run everything once, then restore weights and optimizer state."
+    before = [p.detach().clone() for p in model.parameters()]
+    train_step(model, optimizers, batches, grad_clip, world)
+    with torch.no_grad():
+        model(*(x.to(world.device) for x in batches[0]))
+        for p, old in zip(model.parameters(), before, strict=True):
+            p.copy_(old)
+    for optimizer in optimizers:
+        optimizer.state.clear()
+
+
+def train(
+    recipe: Recipe,
+    size: Size,
+    run: Run,
+    world: World,
+    log: RunLog,
+) -> float:  # final validation loss in nats
+    "Train a recipe at a size; raises `DataError` or `RunError` with one line that says what to do."
+    train_files, val_files = find_shards(run.data_dir, "train"), find_shards(run.data_dir, "val")
+    loader = TokenLoader(train_files, recipe.batch_rows, recipe.seq_len)
+    torch.manual_seed(run.seed)
+    bare_model = build_model(recipe, size).to(world.device)
+    model = torch.compile(bare_model) if run.compile else bare_model
+    optimizers = build_optimizers(recipe, bare_model)
+    if run.compile:
+        log.text("compiling the model and warming up kernels", console=True)
+        position = loader.state()
+        warm_up(model, optimizers, loader.next_step(world.parts), recipe.grad_clip, world)
+        loader.open(**position)
+
+    identity = {"recipe": dataclasses.asdict(recipe), "size": size.name, "seed": run.seed}
+    start, watch = 0, Stopwatch(world.device)
+    if run.resume:
+        meta = load_checkpoint(run.run_dir / "checkpoint.safetensors", bare_model, optimizers, identity)
+        loader.open(**meta["loader"])
+        start, watch = meta["step"], Stopwatch(world.device, meta["train_time_ms"])
+    log.record(start=start, world_size=world.size, device=str(world.device), torch=torch.__version__, **identity)
+
+    def save(step: int) -> None:
+        if world.rank == 0:
+            meta = identity | {"step": step, "loader": loader.state(), "train_time_ms": watch.before}
+            save_checkpoint(run.run_dir / "checkpoint.safetensors", bare_model, optimizers, meta)
+
+    step_tokens = recipe.batch_rows * recipe.seq_len
+    with stop_signals() as caught:
+        for step in range(start, recipe.steps + 1):
+            if step == recipe.steps or (step % run.val_every == 0 and step > start) or step == 0:
+                watch.pause()
+                val_loss = validate(model, val_files, recipe, size, world)
+                log.validation(step, recipe.steps, watch.before, step * step_tokens, val_loss)
+                watch.go_on()
+            if step == recipe.steps or (step % run.save_every == 0 and step > start):
+                watch.pause()
+                save(step)
+                watch.go_on()
+            if step == recipe.steps:
+                return val_loss
+
+            factor = lr_factor(recipe, step)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+            loss = train_step(model, optimizers, loader.next_step(world.parts), recipe.grad_clip, world)
+
+            done = step + 1
+            if done % run.log_every == 0 or done == recipe.steps:
+                # one small exchange carries the loss and the wish to stop, so that all processes agree on both
+                mean_loss, stop = world.average(torch.stack([loss, torch.full_like(loss, len(caught))])).tolist()
+                if not math.isfinite(mean_loss):
+                    raise RunError(f"the loss is {mean_loss} at step {done}; the last good checkpoint, if any, is in "
+                                   f"{run.run_dir}. Likely causes: a learning rate that is too high, or damaged data")
+                log.progress(done, recipe.steps, watch.read(), done * step_tokens, mean_loss)
+                if stop and done < recipe.steps:
+                    watch.pause()
+                    save(done)
+                    log.text(f"stopped by a signal after step {done}", console=True)
+                    raise Interrupted(f"stopped after step {done}; continue with the same command and --resume")
+
+
+def main(recipes: dict[str, Recipe], sizes: dict[str, Size]) -> None:
+    "Command line of an exported script; run it directly or under torchrun."
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--size", choices=list(recipes), default="full", help="nano runs on a laptop CPU")
+    parser.add_argument("--data", type=Path, help="folder with *_train_*.bin and *_val_*.bin shards")
+    parser.add_argument("--out", type=Path, help="folder for log and checkpoint")
+    parser.add_argument("--steps", type=int, help="train this many steps instead of the recipe's")
+    parser.add_argument("--batch-rows", type=int, help="rows per step instead of the recipe's")
+    parser.add_argument("--val-every", type=int, default=125)
+    parser.add_argument("--save-every", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
+    args = parser.parse_args()
+    recipe, size = recipes[args.size], sizes[args.size]
+    changes = {"steps": args.steps, "batch_rows": args.batch_rows}
+    recipe = dataclasses.replace(recipe, **{k: v for k, v in changes.items() if v is not None})
+    data_dir = args.data or Path(os.environ.get("DATA_PATH", ".")) / "data" / size.data
+    script = Path(sys.argv[0])
+    out = args.out or Path("runs") / f"{script.stem}-{size.name}-seed{args.seed}"
+    try:
+        world = join_world(args.device)
+        run = Run(data_dir, out, args.seed, args.val_every, args.save_every,
+                  log_every=10 if world.device.type == "cuda" else 1,
+                  compile=world.device.type == "cuda", resume=args.resume)
+        log = RunLog(out, world.rank, args.resume)
+        log.text(script.read_text(encoding="utf-8"))
+        log.text("=" * 100)
+        log.text(f"Running Python {sys.version} and PyTorch {torch.__version__} on {world.size} x {world.device.type}")
+        train(recipe, size, run, world, log)
+        if world.device.type == "cuda":
+            log.text(f"peak memory allocated: {torch.cuda.max_memory_allocated() // 2**20} MiB", console=True)
+    except (DataError, RunError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(130 if isinstance(error, Interrupted) else 2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ---- the recipe at each size ---------------------------------------------------------------------
+
+RECIPES = {
+    "nano": Recipe(
+        num_layers=12,
+        seq_len=256,
+        batch_rows=8,
+        steps=120,
+        warmup_frac=0.25,
+        adam_lr=0.003,
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        weight_decay=0.1,
+        grad_clip=1.0,
+    ),
+    "mini": Recipe(
+        num_layers=12,
+        seq_len=512,
+        batch_rows=64,
+        steps=3000,
+        warmup_frac=0.03578732106339468,
+        adam_lr=0.0015,
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        weight_decay=0.1,
+        grad_clip=1.0,
+    ),
+    "full": Recipe(
+        num_layers=12,
+        seq_len=1024,
+        batch_rows=512,
+        steps=19560,
+        warmup_frac=0.03578732106339468,
+        adam_lr=0.0006,
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        weight_decay=0.1,
+        grad_clip=1.0,
+    ),
+}
+
+
+if __name__ == "__main__":
+    main(RECIPES, SIZES)

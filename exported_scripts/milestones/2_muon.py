@@ -1,0 +1,771 @@
+"""Matrices in the blocks are updated by Muon, the rest by AdamW.
+
+Rung `muon` of the NanoGPT speedrun course (records 3, 4); chapter nbs/20_muon.ipynb.
+Made by `speedrun export muon` from the course's notebooks: change those, not this file.
+
+    torchrun --standalone --nproc_per_node=8 FILE        8 GPUs; 1, 2 and 4 work as well
+    python FILE --size nano --data data/demo_bytes       a laptop CPU
+
+Data: `speedrun data get fineweb --shards N` or `speedrun data get demo` (llm.c's .bin format).
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+# ---- 01_data -------------------------------------------------------------------------------------
+
+SHARD_MAGIC = 20240520
+SHARD_VERSION = 1
+HEADER_BYTES = 256 * 4
+
+
+class DataError(ValueError):
+    "Training data are missing or wrong; the message says which file and what to do."
+
+
+def read_header(
+    path: Path,  # a `.bin` shard
+) -> int:  # number of tokens in the shard
+    "Check magic, version and size of a shard; raises `DataError` (format: llm.c, spec of the speedrun's data)."
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header = np.frombuffer(file.read(12).ljust(12, b"\0"), dtype="<i4")
+    if header[0] != SHARD_MAGIC:
+        raise DataError(f"{path} is not a token shard (wrong magic number); delete it and download it again")
+    if header[1] != SHARD_VERSION:
+        raise DataError(f"{path} has shard version {header[1]}, this code reads version {SHARD_VERSION}; "
+                        "download it again or convert it")
+    expected = HEADER_BYTES + 2 * int(header[2])
+    if size != expected:
+        raise DataError(f"{path} should have {expected:,} bytes for its {header[2]:,} tokens but has {size:,}; "
+                        "delete it and download it again")
+    return int(header[2])
+
+
+def read_shard(
+    path: Path,  # a `.bin` shard
+) -> np.ndarray:  # uint16 tokens, memory-mapped: nothing is read before it is used
+    "Map the tokens of a shard after checking its header."
+    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(read_header(path),))
+
+
+def find_shards(
+    data_dir: Path,  # folder with shards named like fineweb_train_000001.bin
+    split: str,  # "train" or "val"
+) -> list[Path]:  # sorted by name, at least one
+    "The shards of one split; raises `DataError` when there is none."
+    files = sorted(data_dir.glob(f"*_{split}_*.bin"))
+    if not files:
+        raise DataError(f"no {split} shards ({data_dir}/*_{split}_*.bin); fetch some with `speedrun data get demo` or "
+                        "`speedrun data get fineweb --shards 1`, or name another folder with --data")
+    return files
+
+
+class OutOfDocumentsError(Exception):
+    "The shard has no further document start; the batch is abandoned and starts again on the next shard."
+
+
+PARTS = 8  # micro-batches per step over all processes; 8 GPUs take one each
+
+
+class TokenLoader:
+    "Deterministic batches of (inputs, targets) from shards, the same for every number of processes."
+
+    def __init__(
+        self,
+        files: list[Path],  # shards in reading order
+        rows: int,  # rows per step over all processes, a multiple of 8
+        row_len: int,  # tokens per row
+    ):
+        self.files, self.rows, self.row_len = files, rows, row_len
+        if rows % PARTS:
+            raise ValueError(f"{rows} rows per step cannot be dealt to {PARTS} parts; use a multiple of {PARTS}")
+        self.open(shard=0, cursor=0)
+
+    def open(self, shard: int, cursor: int) -> None:
+        "Continue at document or token `cursor` of a shard."
+        self.shard, self.cursor = shard % len(self.files), cursor
+        self.tokens = read_shard(self.files[self.shard])
+
+    def state(self) -> dict[str, int]:
+        "Position of the next step: pass it to `open` to continue there."
+        return {"shard": self.shard, "cursor": self.cursor}
+
+    def pieces(self) -> list[list[tuple[int, int]]]:
+        "Where each row of a step lies on the current shard; moves the cursor only when all rows are found."
+        length, cursor, rows = self.row_len + 1, self.cursor, []
+        for _ in range(self.rows):
+            if cursor + length > len(self.tokens):
+                raise OutOfDocumentsError
+            else:
+                row, cursor = [(cursor, cursor + length)], cursor + self.row_len
+            rows.append(row)
+        self.cursor = cursor
+        return rows
+
+    def next_step(
+        self,
+        parts: list[int],  # which of the eight parts to return
+    ) -> list[tuple[Tensor, Tensor]]:  # per part: inputs and targets, int64 (rows / 8, row_len)
+        "The next batch; a shard that cannot fill it is left for the next one, the first one after the last."
+        for _ in range(len(self.files) + 1):
+            try:
+                rows = self.pieces()
+                break
+            except OutOfDocumentsError:
+                self.open(self.shard + 1, cursor=0)
+        else:
+            raise DataError(f"no shard of {self.files[0].parent} holds one batch of {self.rows} rows of "
+                            f"{self.row_len} tokens; use a smaller batch or more data")
+        size, batches = self.rows // PARTS, []
+        for part in parts:
+            block = [np.concatenate([self.tokens[s:e] for s, e in row]) for row in rows[part * size:(part + 1) * size]]
+            block_bt = torch.from_numpy(np.stack(block).astype(np.int64))
+            batches.append((block_bt[:, :-1].contiguous(), block_bt[:, 1:].contiguous()))
+        return batches
+
+
+# ---- 04_lean -------------------------------------------------------------------------------------
+
+def trapezoid(
+    progress: float,  # share of the run that is done, 0..1
+    warmup_frac: float,  # share with a rising rate
+    cooldown_frac: float,  # share with a falling rate, at the end; 0 = none
+) -> float:  # factor on the peak learning rate
+    "Linear warm-up, a plateau, linear cooldown to zero (record 2; Hägele et al. 2024, arXiv 2405.18392)."
+    if progress < warmup_frac:
+        return progress / warmup_frac
+    return min(1.0, (1 - progress) / cooldown_frac) if cooldown_frac else 1.0
+
+
+# b batch rows, t tokens per row, d model dim, h heads, k head dim
+def rms_norm(
+    x: Tensor,  # (..., d)
+) -> Tensor:  # (..., d), each vector with root mean square one
+    "Divide each vector by its root mean square; no learned gain, no mean subtracted."
+    return F.rms_norm(x, (x.shape[-1],))
+
+
+def lean_attention(
+    x_btd: Tensor,
+    q_w: Tensor,  # (d, d), out x in, like every weight here
+    k_w: Tensor,  # (d, d)
+    v_w: Tensor,  # (d, d)
+    o_w: Tensor,  # (d, d)
+    num_heads: int,  # h; divides d
+) -> Tensor:  # (b, t, d)
+    "Causal multi-head attention from four square matrices, without biases."
+    q, k, v = (F.linear(x_btd, w).unflatten(2, (num_heads, -1)).transpose(1, 2) for w in (q_w, k_w, v_w))
+    y_bhtk = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return F.linear(y_bhtk.transpose(1, 2).flatten(2), o_w)
+
+
+def lean_mlp(
+    x_btd: Tensor,
+    up_w: Tensor,  # (4d, d)
+    down_w: Tensor,  # (4d, d): stored like `up_w`, so that one bank holds both
+) -> Tensor:  # (b, t, d)
+    "Two matrices with a GELU between them, without biases."
+    return F.gelu(F.linear(x_btd, up_w), approximate="tanh") @ down_w
+
+
+# ---- 20_muon -------------------------------------------------------------------------------------
+
+NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # a, b, c of the quintic a*x + b*x^3 + c*x^5 (Jordan et al. 2024)
+
+
+def newton_schulz(
+    g: Tensor,  # (..., r, c): one matrix or a stack of them
+    steps: int = 5,  # iterations
+) -> Tensor:  # (..., r, c), singular values of each matrix near one (0.68..1.13)
+    "Replace each matrix by a nearly orthogonal one with the same singular vectors (Jordan et al. 2024)."
+    a, b, c = NS_COEFFICIENTS
+    # bf16 is enough and fast on a GPU; on a CPU without bf16 instructions it would be slower than fp32
+    x = g.bfloat16() if g.is_cuda else g.float()
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x  # the smaller side decides the size of the products
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # every singular value is now at most one
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if tall else x).to(g.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    "Momentum, orthogonalised: for matrices inside the network (records 3 and 4, @kellerjordan0, @jxbz, @bozavlado)."
+
+    def __init__(
+        self,
+        params: list[Tensor],  # matrices (r, c) or stacks of matrices (n, r, c)
+        lr: float,  # spectral norm of the update of a square matrix
+        momentum: float,  # decay of the gradient sum, 0..1
+    ):
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        "Update every parameter that has a gradient."
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                buffer = self.state[p]["momentum_buffer"].mul_(group["momentum"]).add_(p.grad)
+                update = newton_schulz(p.grad + group["momentum"] * buffer)  # Nesterov: one step ahead
+                tall = max(1.0, p.shape[-2] / p.shape[-1]) ** 0.5  # tall matrices: same change per output
+                p.sub_(update, alpha=group["lr"] * tall)
+
+
+# ---- 90_recipe -----------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Recipe:
+    "The hyperparameters of this rung; choices between techniques are folded into the code."
+
+    num_layers: int = 12  # transformer blocks
+    seq_len: int = 1024  # tokens per row
+    batch_rows: int = 512  # rows per optimizer step over all processes
+    steps: int = 19_560  # optimizer steps
+    warmup_frac: float = 700 / 19_560  # share of steps with a rising learning rate
+    cooldown_frac: float = 0.0  # share of steps with a falling learning rate (trapezoid only)
+    adam_lr: float = 6e-4  # peak learning rate of AdamW
+    adam_beta1: float = 0.9  # AdamW's first-moment decay
+    adam_beta2: float = 0.95  # AdamW's second-moment decay
+    weight_decay: float = 0.1  # AdamW's decoupled decay, matrices only
+    grad_clip: float = 1.0  # largest global gradient norm; 0 = no clipping
+    muon_lr: float = 0.02  # learning rate of Muon
+    muon_momentum: float = 0.95  # momentum of Muon (Nesterov)
+
+
+@dataclass(frozen=True)
+class Size:
+    "Width, vocabulary and data of a model, independent of the rung."
+
+    name: str
+    model_dim: int  # d, width of the residual stream
+    num_heads: int  # h, attention heads; the head dimension is model_dim / num_heads
+    tokenizer: Literal["bytes", "gpt2"]
+    vocab_size: int  # v
+    data: str  # folder under $DATA_PATH/data with the shards
+    val_tokens: int  # validation tokens, at most
+
+
+SIZES = {size.name: size for size in (
+    Size("nano", 128, 4, "bytes", 257, "demo_bytes", 30_720),
+    Size("mini", 384, 6, "gpt2", 50_257, "fineweb10B", 10_485_760),
+    Size("full", 768, 12, "gpt2", 50_257, "fineweb10B", 10_485_760),
+)}
+
+
+# ---- 91_gpt --------------------------------------------------------------------------------------
+
+# b batch rows, t tokens per row, d model dim, l layers, v vocab
+class GPT(nn.Module):
+    "The network of every rung after the baseline; its forward is the table of contents of the course."
+
+    def __init__(self, recipe: Recipe, size: Size):
+        super().__init__()
+        d, layers = size.model_dim, recipe.num_layers
+        self.num_heads = size.num_heads
+        self.embed = nn.Parameter(torch.randn(size.vocab_size, d) * 0.02)
+        self.position = nn.Parameter(torch.randn(recipe.seq_len, d) * 0.02)
+        # banks: the matrices of all layers stacked by shape, so that the optimizer handles each shape in one call
+        self.qk_bank = nn.Parameter(torch.randn(2 * layers, d, d) * 0.02)
+        self.vo_bank = nn.Parameter(torch.randn(2 * layers, d, d) * 0.02)
+        self.mlp_bank = nn.Parameter(torch.randn(2 * layers, 4 * d, d) * 0.02)
+        with torch.no_grad():  # projections into the stream start smaller, as in GPT-2
+            self.vo_bank[1::2] /= math.sqrt(2 * layers)
+            self.mlp_bank[1::2] /= math.sqrt(2 * layers)
+
+    def logits(self, inputs_bt: Tensor) -> Tensor:
+        "Scores of every next token, (b, t, v)."
+        x_btd = self.embed[inputs_bt] + self.position[: inputs_bt.shape[1]]
+        qk, vo, mlp = self.qk_bank.unbind(), self.vo_bank.unbind(), self.mlp_bank.unbind()
+        for q_w, k_w, v_w, o_w, up_w, down_w in zip(
+                qk[::2], qk[1::2], vo[::2], vo[1::2], mlp[::2], mlp[1::2], strict=True):
+            x_btd = x_btd + lean_attention(rms_norm(x_btd), q_w, k_w, v_w, o_w, self.num_heads)
+            x_btd = x_btd + lean_mlp(rms_norm(x_btd), up_w, down_w)
+        return F.linear(rms_norm(x_btd), self.embed)
+
+    def forward(self, inputs_bt: Tensor, targets_bt: Tensor) -> Tensor:
+        "Mean cross-entropy of the next token in nats, a scalar."
+        return F.cross_entropy(self.logits(inputs_bt).flatten(0, 1).float(), targets_bt.flatten())
+
+
+def build_model(recipe: Recipe, size: Size) -> nn.Module:
+    "The network of a recipe at a size, with fresh weights from torch's global generator."
+    return GPT(recipe, size)
+
+
+# ---- 92_train ------------------------------------------------------------------------------------
+
+class RunError(RuntimeError):
+    "A run that cannot start or go on; the message says why and what to do."
+
+
+class Interrupted(RunError):
+    "The run was asked to stop; its checkpoint and log are on disk."
+
+
+@dataclass(frozen=True)
+class World:
+    "This process among all processes of the run."
+
+    rank: int
+    size: int  # number of processes
+    device: torch.device
+
+    @property
+    def parts(self) -> list[int]:
+        "The parts of a step that this process computes: micro-step m takes part m * size + rank."
+        return list(range(self.rank, PARTS, self.size))
+
+    def average(self, x: Tensor) -> Tensor:
+        "Mean over all processes, in place."
+        if self.size > 1:
+            dist.all_reduce(x)
+            x.div_(self.size)
+        return x
+
+
+def join_world(
+    device: str,  # "auto", "cpu" or "cuda"
+) -> World:
+    "Find this process's place and device and join the process group; raises `RunError` when they cannot be had."
+    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if PARTS % size:
+        raise RunError(f"{PARTS} parts per step cannot be shared by {size} processes; use 1, 2, 4 or 8")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RunError("a GPU was asked for, but torch sees none; use --device cpu, or run `speedrun doctor`")
+    if device == "cpu" or not torch.cuda.is_available():
+        place = torch.device("cpu")
+    else:
+        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        torch.cuda.set_device(place)
+        torch.set_float32_matmul_precision("high")
+    if size > 1 and not dist.is_initialized():
+        # NCCL refuses two processes on one GPU; gloo serves there, and on CPUs
+        own_gpu = place.type == "cuda" and size <= torch.cuda.device_count()
+        dist.init_process_group("nccl" if own_gpu else "gloo")
+    return World(rank, size, place)
+
+
+@dataclass(frozen=True)
+class Run:
+    "Options of one run that do not change what is computed, except the seed and the data."
+
+    data_dir: Path  # folder with train and val shards
+    run_dir: Path  # folder for log and checkpoint
+    seed: int = 0
+    val_every: int = 125  # steps between validations
+    save_every: int = 1000  # steps between checkpoints; the end is always saved
+    log_every: int = 10  # steps between reads of the training loss (each one waits for the GPU)
+    compile: bool = False  # compile the model with torch.compile
+    resume: bool = False  # continue from the checkpoint in run_dir
+
+
+class RunLog:
+    "Text log in the original's format and JSON lines; only the first process writes."
+
+    def __init__(
+        self,
+        run_dir: Path,  # made if missing
+        rank: int,
+        resume: bool = False,  # append to the log of an earlier run instead of refusing to overwrite it
+    ):
+        self.rank = rank
+        if rank:
+            return
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            if (run_dir / "log.jsonl").exists() and not resume:
+                raise RunError(f"{run_dir} already holds a run; add --resume to continue it or name another --out")
+            self.text_file = (run_dir / "log.txt").open("a", encoding="utf-8")
+            self.json_file = (run_dir / "log.jsonl").open("a", encoding="utf-8")
+        except OSError as error:
+            raise RunError(f"cannot write to run folder {run_dir} ({error.strerror}); "
+                           "name another with --out") from None
+
+    def text(self, line: str, console: bool = False) -> None:
+        "Append a line to the text log, and show it on request."
+        if self.rank == 0:
+            print(line, file=self.text_file, flush=True)
+            if console:
+                self.show(line)
+
+    def show(self, line: str) -> None:
+        "Show a line to the person watching."
+        print(line, flush=True)
+
+    def record(self, **values: Any) -> None:
+        "Append a JSON line."
+        if self.rank == 0:
+            print(json.dumps(values), file=self.json_file, flush=True)
+
+    def progress(self, step: int, steps: int, train_time_ms: float, tokens: int, train_loss: float) -> None:
+        "Log a training step whose loss was read; `tokens` counts all tokens trained on so far."
+        self.text(f"step:{step}/{steps} train_loss:{train_loss:.4f} train_time:{train_time_ms:.0f}ms "
+                  f"step_avg:{train_time_ms / step:.2f}ms")
+        self.record(step=step, train_loss=train_loss, train_time_ms=train_time_ms, tokens=tokens)
+
+    def validation(self, step: int, steps: int, train_time_ms: float, tokens: int, val_loss: float) -> None:
+        "Log a validation."
+        self.text(f"step:{step}/{steps} val_loss:{val_loss:.4f} train_time:{train_time_ms:.0f}ms "
+                  f"step_avg:{train_time_ms / max(step, 1):.2f}ms", console=True)
+        self.record(step=step, val_loss=val_loss, train_time_ms=train_time_ms, tokens=tokens)
+
+
+def build_optimizers(recipe: Recipe, model: nn.Module) -> list[torch.optim.Optimizer]:
+    "AdamW for everything, or Muon for the matrices inside the blocks and AdamW for the tables."
+    betas = (recipe.adam_beta1, recipe.adam_beta2)
+    tables, banks = [model.embed, model.position], [model.qk_bank, model.vo_bank, model.mlp_bank]
+    return [
+        torch.optim.AdamW(tables, lr=recipe.adam_lr, betas=betas, weight_decay=recipe.weight_decay, fused=True),
+        Muon(banks, lr=recipe.muon_lr, momentum=recipe.muon_momentum),
+    ]
+
+
+def lr_factor(recipe: Recipe, step: int) -> float:
+    "Factor on every peak learning rate at a step (0..steps - 1), read in the middle of the step."
+    progress = (step + 0.5) / recipe.steps
+    return trapezoid(progress, recipe.warmup_frac, recipe.cooldown_frac)
+
+
+def save_checkpoint(
+    path: Path,
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    meta: dict[str, Any],  # JSON-serialisable: step, loader position, recipe, size
+) -> None:
+    "Write weights, optimizer state and position atomically."
+    tensors = {f"model.{name}": p.detach() for name, p in model.state_dict().items()}
+    for i, optimizer in enumerate(optimizers):
+        for j, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+            tensors |= {f"optimizer.{i}.{j}.{key}": value for key, value in optimizer.state[p].items()}
+    partial = path.with_suffix(".partial")
+    save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata={"run": json.dumps(meta)})
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def read_checkpoint(
+    path: Path,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:  # tensors by name, metadata
+    "Tensors and metadata of a checkpoint; raises `RunError` when it is missing or damaged."
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {k: file.get_tensor(k) for k in file.keys()}, json.loads(file.metadata()["run"])  # noqa: SIM118
+    except FileNotFoundError:
+        raise RunError(f"there is no checkpoint at {path}; train first, or name another folder") from None
+    except (SafetensorError, KeyError, TypeError) as error:
+        raise RunError(f"{path} is not a checkpoint of this course or is damaged ({error})") from None
+
+
+def load_checkpoint(
+    path: Path,
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    expected: dict[str, Any],  # metadata that must agree, e.g. the recipe
+) -> dict[str, Any]:  # the metadata
+    "Put a checkpoint's weights and optimizer state in place; raises `RunError` when it belongs to another run."
+    tensors, meta = read_checkpoint(path)
+    for key, value in expected.items():
+        if meta[key] != value:
+            raise RunError(f"{path} was made with another {key}: {meta[key]}; resume with the same one")
+    model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+    for i, optimizer in enumerate(optimizers):
+        for j, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+            prefix = f"optimizer.{i}.{j}."
+            state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            # AdamW's step counter stays where the optimizer put it: on the parameter's device when fused
+            optimizer.state[p] = {k: v.to(p.device) for k, v in state.items()}
+    return meta
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    "Collect SIGINT and SIGTERM in a list instead of dying; a second signal interrupts at once."
+    caught: list[int] = []
+
+    def remember(number, frame):
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    try:
+        before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread, e.g. a notebook widget: leave the handlers alone
+        before = {}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Stopwatch:
+    "Milliseconds of training so far; pausing waits until the GPU has finished."
+
+    def __init__(self, device: torch.device, ms: float = 0.0):
+        self.device, self.before, self.started = device, ms, time.perf_counter()
+
+    def read(self) -> float:
+        "Milliseconds so far, without waiting for the GPU."
+        return self.before + 1e3 * (time.perf_counter() - self.started)
+
+    def pause(self) -> float:
+        "Wait for the GPU and stop counting."
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.before = self.read()
+        return self.before
+
+    def go_on(self) -> None:
+        "Count again."
+        self.started = time.perf_counter()
+
+
+def train_step(
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    batches: list[tuple[Tensor, Tensor]],  # this process's parts
+    grad_clip: float,  # largest gradient norm, 0 = none
+    world: World,
+) -> Tensor:  # mean loss of this process's parts, a scalar on the device
+    "Accumulate gradients over the parts, average them over the processes, update."
+    total = torch.zeros((), device=world.device)
+    for inputs, targets in batches:
+        inputs, targets = inputs.to(world.device, non_blocking=True), targets.to(world.device, non_blocking=True)
+        with torch.autocast("cuda", torch.bfloat16, enabled=world.device.type == "cuda"):
+            loss = model(inputs, targets) / len(batches)
+        loss.backward()
+        total += loss.detach()
+    for p in model.parameters():
+        world.average(p.grad)
+    if grad_clip:
+        nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    for optimizer in optimizers:
+        optimizer.step()
+    model.zero_grad(set_to_none=True)
+    return total
+
+
+@torch.no_grad()
+def validate(
+    model: nn.Module,
+    files: list[Path],  # validation shards
+    recipe: Recipe,
+    size: Size,
+    world: World,
+) -> float:  # mean cross-entropy in nats
+    "Loss over the first `val_tokens` tokens of the validation split, the same rows for any number of processes."
+    loader = TokenLoader(files, recipe.batch_rows, recipe.seq_len)
+    available = sum(read_header(path) - 1 for path in files)  # the last token of a shard is only a target
+    steps = max(1, min(size.val_tokens, available) // (recipe.batch_rows * recipe.seq_len))
+    total = torch.zeros((), device=world.device)
+    for _ in range(steps):
+        for inputs, targets in loader.next_step(world.parts):
+            with torch.autocast("cuda", torch.bfloat16, enabled=world.device.type == "cuda"):
+                total += model(inputs.to(world.device), targets.to(world.device))
+    return world.average(total / (steps * len(world.parts))).item()
+
+
+def warm_up(
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    batches: list[tuple[Tensor, Tensor]],  # first parts of the run
+    grad_clip: float,
+    world: World,
+) -> None:
+    "Compile and run everything once, then restore weights and optimizer state."
+    before = [p.detach().clone() for p in model.parameters()]
+    train_step(model, optimizers, batches, grad_clip, world)
+    with torch.no_grad():
+        model(*(x.to(world.device) for x in batches[0]))
+        for p, old in zip(model.parameters(), before, strict=True):
+            p.copy_(old)
+    for optimizer in optimizers:
+        optimizer.state.clear()
+
+
+def train(
+    recipe: Recipe,
+    size: Size,
+    run: Run,
+    world: World,
+    log: RunLog,
+) -> float:  # final validation loss in nats
+    "Train a recipe at a size; raises `DataError` or `RunError` with one line that says what to do."
+    train_files, val_files = find_shards(run.data_dir, "train"), find_shards(run.data_dir, "val")
+    loader = TokenLoader(train_files, recipe.batch_rows, recipe.seq_len)
+    torch.manual_seed(run.seed)
+    bare_model = build_model(recipe, size).to(world.device)
+    model = torch.compile(bare_model) if run.compile else bare_model
+    optimizers = build_optimizers(recipe, bare_model)
+    if run.compile:
+        log.text("compiling the model and warming up kernels", console=True)
+        position = loader.state()
+        warm_up(model, optimizers, loader.next_step(world.parts), recipe.grad_clip, world)
+        loader.open(**position)
+
+    identity = {"recipe": dataclasses.asdict(recipe), "size": size.name, "seed": run.seed}
+    start, watch = 0, Stopwatch(world.device)
+    if run.resume:
+        meta = load_checkpoint(run.run_dir / "checkpoint.safetensors", bare_model, optimizers, identity)
+        loader.open(**meta["loader"])
+        start, watch = meta["step"], Stopwatch(world.device, meta["train_time_ms"])
+    log.record(start=start, world_size=world.size, device=str(world.device), torch=torch.__version__, **identity)
+
+    def save(step: int) -> None:
+        if world.rank == 0:
+            meta = identity | {"step": step, "loader": loader.state(), "train_time_ms": watch.before}
+            save_checkpoint(run.run_dir / "checkpoint.safetensors", bare_model, optimizers, meta)
+
+    step_tokens = recipe.batch_rows * recipe.seq_len
+    with stop_signals() as caught:
+        for step in range(start, recipe.steps + 1):
+            if step == recipe.steps or (step % run.val_every == 0 and step > start) or step == 0:
+                watch.pause()
+                val_loss = validate(model, val_files, recipe, size, world)
+                log.validation(step, recipe.steps, watch.before, step * step_tokens, val_loss)
+                watch.go_on()
+            if step == recipe.steps or (step % run.save_every == 0 and step > start):
+                watch.pause()
+                save(step)
+                watch.go_on()
+            if step == recipe.steps:
+                return val_loss
+
+            factor = lr_factor(recipe, step)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+            loss = train_step(model, optimizers, loader.next_step(world.parts), recipe.grad_clip, world)
+
+            done = step + 1
+            if done % run.log_every == 0 or done == recipe.steps:
+                # one small exchange carries the loss and the wish to stop, so that all processes agree on both
+                mean_loss, stop = world.average(torch.stack([loss, torch.full_like(loss, len(caught))])).tolist()
+                if not math.isfinite(mean_loss):
+                    raise RunError(f"the loss is {mean_loss} at step {done}; the last good checkpoint, if any, is in "
+                                   f"{run.run_dir}. Likely causes: a learning rate that is too high, or damaged data")
+                log.progress(done, recipe.steps, watch.read(), done * step_tokens, mean_loss)
+                if stop and done < recipe.steps:
+                    watch.pause()
+                    save(done)
+                    log.text(f"stopped by a signal after step {done}", console=True)
+                    raise Interrupted(f"stopped after step {done}; continue with the same command and --resume")
+
+
+def main(recipes: dict[str, Recipe], sizes: dict[str, Size]) -> None:
+    "Command line of an exported script; run it directly or under torchrun."
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--size", choices=list(recipes), default="full", help="nano runs on a laptop CPU")
+    parser.add_argument("--data", type=Path, help="folder with *_train_*.bin and *_val_*.bin shards")
+    parser.add_argument("--out", type=Path, help="folder for log and checkpoint")
+    parser.add_argument("--steps", type=int, help="train this many steps instead of the recipe's")
+    parser.add_argument("--batch-rows", type=int, help="rows per step instead of the recipe's")
+    parser.add_argument("--val-every", type=int, default=125)
+    parser.add_argument("--save-every", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
+    args = parser.parse_args()
+    recipe, size = recipes[args.size], sizes[args.size]
+    changes = {"steps": args.steps, "batch_rows": args.batch_rows}
+    recipe = dataclasses.replace(recipe, **{k: v for k, v in changes.items() if v is not None})
+    data_dir = args.data or Path(os.environ.get("DATA_PATH", ".")) / "data" / size.data
+    script = Path(sys.argv[0])
+    out = args.out or Path("runs") / f"{script.stem}-{size.name}-seed{args.seed}"
+    try:
+        world = join_world(args.device)
+        run = Run(data_dir, out, args.seed, args.val_every, args.save_every,
+                  log_every=10 if world.device.type == "cuda" else 1,
+                  compile=world.device.type == "cuda", resume=args.resume)
+        log = RunLog(out, world.rank, args.resume)
+        log.text(script.read_text(encoding="utf-8"))
+        log.text("=" * 100)
+        log.text(f"Running Python {sys.version} and PyTorch {torch.__version__} on {world.size} x {world.device.type}")
+        train(recipe, size, run, world, log)
+        if world.device.type == "cuda":
+            log.text(f"peak memory allocated: {torch.cuda.max_memory_allocated() // 2**20} MiB", console=True)
+    except (DataError, RunError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(130 if isinstance(error, Interrupted) else 2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ---- the recipe at each size ---------------------------------------------------------------------
+
+RECIPES = {
+    "nano": Recipe(
+        num_layers=11,
+        seq_len=256,
+        batch_rows=8,
+        steps=120,
+        warmup_frac=0.0,
+        cooldown_frac=0.4,
+        adam_lr=0.004,
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        weight_decay=0.0,
+        grad_clip=0.0,
+        muon_lr=0.02,
+        muon_momentum=0.95,
+    ),
+    "mini": Recipe(
+        num_layers=11,
+        seq_len=512,
+        batch_rows=64,
+        steps=3000,
+        warmup_frac=0.0,
+        cooldown_frac=0.4,
+        adam_lr=0.0036,
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        weight_decay=0.0,
+        grad_clip=0.0,
+        muon_lr=0.02,
+        muon_momentum=0.95,
+    ),
+    "full": Recipe(
+        num_layers=11,
+        seq_len=1024,
+        batch_rows=512,
+        steps=6200,
+        warmup_frac=0.0,
+        cooldown_frac=0.2903225806451613,
+        adam_lr=0.0036,
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        weight_decay=0.0,
+        grad_clip=0.0,
+        muon_lr=0.02,
+        muon_momentum=0.95,
+    ),
+}
+
+
+if __name__ == "__main__":
+    main(RECIPES, SIZES)

@@ -1,0 +1,173 @@
+"""Exported scripts: self-contained, clean, and the same mathematics as the package."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import libcst as cst
+import pytest
+import torch
+
+from speedrun_lib.data import write_demo
+from speedrun_lib.export import (
+    ENTRIES,
+    ExportError,
+    FoldBranches,
+    Linker,
+    count_diff,
+    diff_rungs,
+    export_script,
+    fold,
+    stale_exports,
+)
+from speedrun_lib.recipe import LADDER, SIZES, RecipeError, recipe_for
+from speedrun_lib.runs import read_log
+from speedrun_lib.train import Run, RunLog, join_world, train
+
+ROOT = Path(__file__).resolve().parents[1]
+ENV = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    return write_demo(tmp_path_factory.mktemp("data") / "demo_bytes", "bytes")
+
+
+def run_script(path: Path, *args: str, processes: int = 0, env: dict | None = None) -> subprocess.CompletedProcess:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
+    return subprocess.run([sys.executable, *torchrun, str(path), *args], cwd=path.parent, env=env or ENV,
+                          capture_output=True, text=True, timeout=200)
+
+
+@pytest.mark.parametrize("rung", [r.name for r in LADDER])
+def test_scripts_stand_alone_and_are_clean(rung, tmp_path):
+    source = export_script(rung)
+    path = tmp_path / "script.py"
+    path.write_text(source)
+    compile(source, str(path), "exec")
+    command = ["ruff", "check", "--config", str(ROOT / ".ruff.toml"), str(path)]
+    ruff = subprocess.run(command, capture_output=True, text=True)
+    assert ruff.returncode == 0, ruff.stdout
+    assert "speedrun_lib" not in source and "# %%" not in source and "recipe_for" not in source
+
+
+@pytest.mark.parametrize("rung", ["baseline", "muon"])
+def test_script_and_package_give_the_same_losses(rung, shards, tmp_path):
+    path = tmp_path / f"{rung}.py"
+    path.write_text(export_script(rung))
+    args = ["--size", "nano", "--steps", "4", "--device", "cpu", "--data", str(shards)]
+    done = run_script(path, *args, "--out", str(tmp_path / "script"))
+    assert done.returncode == 0, done.stderr
+    torch.set_num_threads(1)
+    run = Run(shards, tmp_path / "package", log_every=1)
+    train(recipe_for(rung, "nano", {"steps": "4"}), SIZES["nano"], run, join_world("cpu"), RunLog(run.run_dir, 0))
+    ours, theirs = read_log(tmp_path / "package"), read_log(tmp_path / "script")
+    assert ours[["train_loss", "val_loss"]].equals(theirs[["train_loss", "val_loss"]])
+    assert (tmp_path / "script/log.txt").read_text().startswith(path.read_text()), "a script prints itself into its log"
+
+
+def test_two_processes_and_resuming(shards, tmp_path):
+    path = tmp_path / "muon.py"
+    path.write_text(export_script("muon"))
+    args = ["--size", "nano", "--device", "cpu", "--data", str(shards), "--steps", "3"]
+    one = run_script(path, *args, "--out", "one")
+    two = run_script(path, *args, "--out", "two", processes=2)
+    assert one.returncode == two.returncode == 0, two.stderr[-2000:]
+    logs = [read_log(tmp_path / name) for name in ("one", "two")]
+    torch.testing.assert_close(torch.tensor(logs[0].train_loss.dropna().values),
+                               torch.tensor(logs[1].train_loss.dropna().values), rtol=0, atol=1e-4)
+    again = run_script(path, *args, "--out", "one", "--resume")
+    assert again.returncode == 0, again.stderr
+    assert read_log(tmp_path / "one").val_loss.iloc[-1] == logs[0].val_loss.iloc[-1]
+
+
+@pytest.mark.parametrize("args, env, expected", [
+    (["--data", "nowhere"], {}, "speedrun data get"),
+    (["--device", "cuda"], {}, "torch sees none"),
+    ([], {"WORLD_SIZE": "3"}, "use 1, 2, 4 or 8"),
+])
+def test_bad_input_is_one_line(args, env, expected, tmp_path):
+    if "cuda" in args and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    path = tmp_path / "muon.py"
+    path.write_text(export_script("muon"))
+    done = run_script(path, "--size", "nano", *args, env=ENV | env)
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: ") and expected in lines[0]
+
+
+def test_committed_milestones_are_up_to_date():
+    assert stale_exports(ROOT / "exported_scripts") == []
+
+
+def test_neighbouring_rungs_differ_little():
+    added, removed = count_diff(diff_rungs("lean", "muon"))
+    assert added < 100 and removed < 50
+    assert diff_rungs("muon", "muon") == ""
+
+
+def test_unknown_rung():
+    with pytest.raises(RecipeError, match="did you mean 'muon'"):
+        export_script("muom")
+
+
+def folded(source: str, **choices) -> str:
+    return cst.parse_module(source).visit(FoldBranches(choices)).code
+
+
+@pytest.mark.parametrize("source, choices, expected", [
+    ("x = 1 if recipe.a else 2\n", {"a": True}, "x = 1\n"),
+    ("x = not recipe.a\n", {"a": True}, "x = False\n"),
+    ("x = recipe.a and y\n", {"a": True}, "x = y\n"),
+    ("x = recipe.a or y\n", {"a": True}, "x = True\n"),
+    ("if recipe.m == 'x':\n    f()\nelif z:\n    g()\nelse:\n    h()\n", {"m": "y"},
+     "if z:\n    g()\nelse:\n    h()\n"),
+    ("if z:\n    g()\nelif recipe.a:\n    h()\nelse:\n    k()\n", {"a": True}, "if z:\n    g()\nelse:\n    h()\n"),
+    ("if self.recipe.a:\n    f()\n", {"a": False}, ""),
+    ("def f(recipe):\n    if recipe.a:\n        return 1\n    return 2\n", {"a": True},
+     "def f(recipe):\n    return 1\n"),
+])
+def test_folding(source, choices, expected):
+    assert folded(source, **choices).strip() == expected.strip()
+
+
+def test_a_parameter_that_is_always_the_same_disappears_with_what_it_switches():
+    source = """
+class Loader:
+    def __init__(self, files, aligned):
+        self.files, self.aligned = files, aligned
+
+    def read(self):
+        return pack(self.files) if self.aligned else self.files
+
+
+def pack(files):
+    return sorted(files)
+
+
+def main():
+    return Loader(["a"], aligned=False).read()
+"""
+    code = fold(cst.parse_module(source), {}, ["main"]).code
+    assert "aligned" not in code and "pack" not in code and 'Loader(["a"]).read()' in code
+    space: dict = {}
+    exec(code, space)
+    assert space["main"]() == ["a"]
+
+
+@pytest.mark.parametrize("source, message", [
+    ("from .other import *\n\ndef main(): ...\n", "star import"),
+    ("def main(recipe):\n    return getattr(recipe, 'model')\n", "write recipe.<field>"),
+    ("from .other import missing\n\ndef main():\n    return missing\n", "there is no missing"),
+])
+def test_code_that_cannot_be_followed_is_named(source, message):
+    linker = Linker({"train": source, "other": "x = 1\n"}, ["model"])
+    with pytest.raises(ExportError, match=message):
+        linker.reach("train", "main")
+        linker.flat()
+
+
+def test_entries_exist():
+    for name in ENTRIES:
+        assert name in export_script("baseline")

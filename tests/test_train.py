@@ -1,0 +1,262 @@
+"""The training loop: any number of processes, stopping, resuming, and one clear line for every failure."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from speedrun_lib.data import TokenLoader, find_shards, write_demo, write_shard
+from speedrun_lib.recipe import LADDER, SIZES, recipe_for
+from speedrun_lib.runs import load_model, read_log, sample_text
+from speedrun_lib.train import Run, RunError, RunLog, join_world, read_checkpoint, train, validate
+
+SPEEDRUN = str(Path(sys.executable).with_name("speedrun"))  # the command of this environment
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    return write_demo(tmp_path_factory.mktemp("data") / "demo_bytes", "bytes")
+
+
+def quick(rung: str = "muon", **changes: str):
+    "A recipe small enough for a test: eight rows of 64 bytes, two layers."
+    small = {"steps": "6", "seq_len": "64", "num_layers": "2"}
+    return recipe_for(rung, "nano", small | changes)
+
+
+def run_here(shards: Path, folder: Path, recipe, **options) -> float:
+    torch.set_num_threads(1)
+    run = Run(shards, folder, val_every=3, log_every=1, **options)
+    return train(recipe, SIZES["nano"], run, join_world("cpu"), RunLog(folder, 0, run.resume))
+
+
+def cli(*args: str, cwd: Path, env: dict | None = None, timeout: int = 120) -> subprocess.CompletedProcess:
+    command = [SPEEDRUN, *args]
+    return subprocess.run(command, cwd=cwd, env=env or ENV, capture_output=True, text=True, timeout=timeout)
+
+
+SMALL = ["--size", "nano", "--set", "seq_len=64", "--set", "num_layers=2"]
+
+
+@pytest.mark.parametrize("rung", [r.name for r in LADDER])
+def test_every_rung_learns(shards, tmp_path, rung):
+    loss = run_here(shards, tmp_path, quick(rung, steps="30"))
+    log = read_log(tmp_path)
+    assert loss < log.val_loss.dropna().iloc[0] - 1.5, "thirty steps take bytes from 5.55 to below 4"
+    assert log.tokens.iloc[-1] == 30 * 8 * 64
+
+
+def test_log_has_the_format_of_the_original(shards, tmp_path):
+    run_here(shards, tmp_path, quick())
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert any(re.fullmatch(r"step:6/6 val_loss:\d\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms", x)
+               for x in lines)
+
+
+def test_resuming_continues_to_the_bit(shards, tmp_path):
+    recipe = quick(steps="8")
+    whole = run_here(shards, tmp_path / "whole", recipe)
+    folder = tmp_path / "halves"
+
+    class StopAfterFour(RunLog):
+        "Sends the signal that a cluster would send."
+
+        def progress(self, step, *rest):
+            super().progress(step, *rest)
+            if step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    run = Run(shards, folder, val_every=3, log_every=1)
+    with pytest.raises(RunError, match="stopped after step 4"):
+        train(recipe, SIZES["nano"], run, join_world("cpu"), StopAfterFour(folder, 0))
+    assert run_here(shards, folder, recipe, resume=True) == whole
+    first, second = (read_checkpoint(tmp_path / x / "checkpoint.safetensors")[0] for x in ("whole", "halves"))
+    assert all(torch.equal(first[k], second[k]) for k in first) and first.keys() == second.keys()
+
+
+def test_resume_refuses_another_recipe(shards, tmp_path):
+    run_here(shards, tmp_path, quick())
+    with pytest.raises(RunError, match="another recipe"):
+        run_here(shards, tmp_path, quick(muon_lr="0.5"), resume=True)
+
+
+def test_a_run_is_never_overwritten(shards, tmp_path):
+    run_here(shards, tmp_path, quick())
+    with pytest.raises(RunError, match="already holds a run"):
+        run_here(shards, tmp_path, quick())
+
+
+def test_one_two_and_four_processes_agree(shards, tmp_path):
+    base = ["train", "muon", *SMALL, "--steps", "5", "--device", "cpu", "--data", str(shards)]
+    losses = {}
+    for n in (1, 2, 4):
+        out = tmp_path / f"w{n}"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}",
+                   "--no-python", SPEEDRUN, *base, "--out", str(out)]
+        done = subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr[-2000:]
+        log = read_log(out)
+        losses[n] = torch.tensor([*log.train_loss.dropna(), *log.val_loss.dropna()])
+    assert len(losses[1]) >= 7
+    for n in (2, 4):
+        torch.testing.assert_close(losses[n], losses[1], rtol=0, atol=2e-4)
+
+
+def test_validation_reads_the_tokens_it_promises(shards):
+    size, recipe = SIZES["nano"], quick()
+    seen = []
+
+    class Spy(torch.nn.Module):
+        def forward(self, inputs, targets):
+            seen.append(inputs)
+            return torch.zeros(())
+
+    validate(Spy(), find_shards(shards, "val"), recipe, size, join_world("cpu"))
+    tokens = torch.cat([x.flatten() for x in seen])
+    expected = TokenLoader(find_shards(shards, "val"), 8, 64, bos=-1, aligned=False).tokens[: size.val_tokens]
+    assert tokens.tolist() == expected.tolist()
+
+
+def test_one_short_shard_is_enough(tmp_path):
+    for split in ("train_000001", "val_000000"):
+        write_shard(tmp_path / f"tiny_{split}.bin", torch.arange(2000).remainder(256).numpy())
+    assert run_here(tmp_path, tmp_path / "run", quick(steps="12")) < 5.6
+
+
+def test_non_finite_loss_stops_the_run(shards, tmp_path):
+    with pytest.raises(RunError, match=r"the loss is (nan|inf).*learning rate"):
+        run_here(shards, tmp_path, quick("lean", steps="30", adam_lr="1e30", warmup_frac="0", grad_clip="0"))
+    assert len(read_log(tmp_path)) > 0, "the log of a failed run stays readable"
+
+
+def test_a_cut_log_is_still_read(shards, tmp_path):
+    run_here(shards, tmp_path, quick())
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 7, "train_lo')
+    assert read_log(tmp_path).step.max() == 6
+
+
+def test_damaged_checkpoint_is_named(shards, tmp_path):
+    run_here(shards, tmp_path, quick())
+    path = tmp_path / "checkpoint.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(RunError, match="damaged"):
+        load_model(tmp_path)
+
+
+def test_sampling_a_trained_run(shards, tmp_path):
+    run_here(shards, tmp_path, quick())
+    text = sample_text(tmp_path, "To be", 30, seed=3)
+    assert text.startswith("To be") and text == sample_text(tmp_path, "To be", 30, seed=3)
+    assert text != sample_text(tmp_path, "To be", 30, seed=4)
+
+
+def test_interrupted_command_leaves_log_and_checkpoint(shards, tmp_path):
+    out = tmp_path / "run"
+    command = [SPEEDRUN, "train", "muon", *SMALL, "--steps", "100000",
+               "--data", str(shards), "--out", str(out)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=tmp_path, env=ENV, **pipes)
+    log, deadline = out / "log.jsonl", time.time() + 90
+    while time.time() < deadline and not (log.exists() and log.read_text().count("\n") > 5):
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.strip().splitlines()[-1].startswith("stopped: stopped after step")
+    _, meta = read_checkpoint(out / "checkpoint.safetensors")
+    assert meta["step"] == read_log(out).step.max()
+
+
+FAULTS = {
+    "unknown rung": (["train", "muom"], "did you mean 'muon'?"),
+    "unknown size": (["train", "muon", "--size", "huge"], "there are nano, mini, full"),
+    "unknown field": (["train", "muon", "--set", "muonlr=1"], "did you mean 'muon_lr'?"),
+    "bad value": (["train", "muon", "--set", "muon_lr=fast"], "takes a number"),
+    "missing data": (["train", "muon", "--data", "nowhere"], "speedrun data get"),
+    "no FineWeb": (["train", "muon", "--size", "full"], "speedrun data get fineweb"),
+    "no run": (["sample", "nowhere"], "no checkpoint"),
+    "unknown rungs to compare": (["diff", "lean", "moon"], "did you mean 'muon'?"),
+    "unknown export": (["export", "x"], "unknown rung"),
+    "empty folder": (["data", "check", "nowhere"], "nowhere"),
+    "folder is a file": (["train", "muon", "--out", "file/run"], "cannot write to run folder"),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path):
+    args, expected = FAULTS[case]
+    (tmp_path / "file").write_text("not a folder")
+    done = cli(*args, cwd=tmp_path)
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ") and expected in lines[0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_asking_for_a_gpu_where_there_is_none(tmp_path):
+    done = cli("train", "muon", "--device", "cuda", cwd=tmp_path)
+    assert done.returncode == 2 and "torch sees none" in done.stderr.splitlines()[-1]
+
+
+def test_world_size_that_does_not_divide(tmp_path):
+    done = cli("train", "muon", cwd=tmp_path, env=ENV | {"WORLD_SIZE": "3", "RANK": "0"})
+    assert done.returncode == 2 and "use 1, 2, 4 or 8" in done.stderr
+
+
+@pytest.mark.parametrize("damage, expected", [
+    (lambda b: b[:-100], "should have"),
+    (lambda b: b"\0\0\0\0" + b[4:], "wrong magic"),
+    (lambda b: b[:4] + b"\7\0\0\0" + b[8:], "version 7"),
+    (lambda b: b[:6], "wrong magic"),
+])
+def test_damaged_shards_are_named(shards, tmp_path, damage, expected):
+    for path in shards.glob("*.bin"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    bad = next(tmp_path.glob("*train*"))
+    bad.write_bytes(damage(bad.read_bytes()))
+    done = cli("train", "muon", "--data", str(tmp_path), cwd=tmp_path)
+    assert done.returncode == 2 and expected in done.stderr and bad.name in done.stderr
+
+
+def test_demo_end_to_end(tmp_path):
+    done = cli("demo", "--steps", "2", "--out", "runs/d", cwd=tmp_path, timeout=200)
+    assert done.returncode == 0, done.stderr[-1500:]
+    for name in ("curve.png", "curve.svg", "table.md", *(f"{r}/{f}" for r in ("baseline", "muon") for f in (
+            "log.txt", "log.jsonl", "sample.txt", "checkpoint.safetensors", "curve.png"))):
+        assert (tmp_path / "runs/d" / name).stat().st_size > 0, name
+    assert "Try next" in done.stdout and "muon writes" in done.stdout
+    first = json.loads((tmp_path / "runs/d/muon/log.jsonl").read_text().splitlines()[0])
+    assert first["recipe"]["optimizer"] == "muon" and first["seed"] == 0
+
+
+COMMANDS = ("demo", "ladder", "train", "sample", "export", "diff", "data get", "data check", "doctor", "site")
+
+
+def test_every_command_has_help_with_an_example():
+    from typer.testing import CliRunner
+
+    from speedrun_lib.cli import app
+
+    for command in COMMANDS:
+        shown = CliRunner().invoke(app, [*command.split(), "--help"])
+        assert shown.exit_code == 0 and f"Example: speedrun {command}" in " ".join(shown.output.split()), command
+
+
+@pytest.mark.parametrize("args, expected", [
+    (["ladder", "--size", "nano"], "muon_lr"),
+    (["doctor"], "GPT-2 tokenizer"),
+    (["diff", "lean", "muon"], "+class Muon"),
+    (["data", "get", "demo"], "demo_gpt2"),
+])
+def test_commands_that_only_look(args, expected, tmp_path):
+    done = cli(*args, cwd=tmp_path, env=ENV | {"COLUMNS": "200"})
+    assert done.returncode == 0 and expected in done.stdout, done.stderr
