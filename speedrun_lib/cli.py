@@ -107,7 +107,7 @@ def demo(
                   "same number of steps.")
     for rung in DEMO_RUNGS:
         recipe = recipe_for(rung, "nano", overrides)
-        run = Run(data_dir, out / rung, seed, val_every=max(1, recipe.steps // 4), log_every=1)
+        run = Run(data_dir, out / rung, seed, val_every=max(1, recipe.steps // 3), log_every=1)
         run_rung(rung, recipe, "nano", run, "cpu")
     logs = {rung: read_log(out / rung) for rung in DEMO_RUNGS}
     save_curves(logs, out / "curve", "nats per byte")

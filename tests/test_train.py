@@ -216,7 +216,7 @@ def test_world_size_that_does_not_divide(tmp_path):
     (lambda b: b[:-100], "should have"),
     (lambda b: b"\0\0\0\0" + b[4:], "wrong magic"),
     (lambda b: b[:4] + b"\7\0\0\0" + b[8:], "version 7"),
-    (lambda b: b[:6], "wrong magic"),
+    (lambda b: b[:6], "should have"),
 ])
 def test_damaged_shards_are_named(shards, tmp_path, damage, expected):
     for path in shards.glob("*.bin"):
@@ -252,7 +252,7 @@ def test_every_command_has_help_with_an_example():
 
 
 @pytest.mark.parametrize("args, expected", [
-    (["ladder", "--size", "nano"], "muon_lr"),
+    (["ladder", "--size", "nano"], "adam_lr=0.004"),
     (["doctor"], "GPT-2 tokenizer"),
     (["diff", "lean", "muon"], "+class Muon"),
     (["data", "get", "demo"], "demo_gpt2"),
