@@ -120,7 +120,7 @@ def demo(
                   "checkpoint.safetensors.")
     console.print("Try next:\n"
                   f"  speedrun sample {out}/muon --prompt 'ROMEO.'     let the model continue a text\n"
-                  "  speedrun diff lean muon                  the lines that make the difference\n"
+                  "  speedrun diff softcap muon                the lines that make the difference\n"
                   "  jupyter lab nbs/index.ipynb              read the course")
 
 # %% ../nbs/95_cli.ipynb #6708a396
@@ -247,7 +247,7 @@ def export(
             console.print(f"wrote {path}")
 
 
-@app.command(epilog="Example: `speedrun diff lean muon`")
+@app.command(epilog="Example: `speedrun diff softcap muon`")
 def diff(
     old: Annotated[str, typer.Argument(help="Rung to start from.")],
     new: Annotated[str, typer.Argument(help="Rung to go to.")],

@@ -13,37 +13,81 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .baseline import GPT2
-from .lean import lean_attention, lean_mlp, rms_norm
+from .init import padded, uniform_weights
+from .lean import causal_attention, lean_mlp, rms_norm, split_heads
+from .logits import softcap
+from .qk_norm import norm_queries_keys
 from .recipe import Recipe, Size
+from .relu2 import relu2_mlp
+from .rotary import rotary_frequencies, rotary_table, rotate
 
 # %% ../nbs/91_gpt.ipynb #2d734970
-# b batch rows, t tokens per row, d model dim, l layers, v vocab
+# b batch rows, t tokens per row, d model dim, h heads, k head dim, l layers, v vocab
 class GPT(nn.Module):
     "The network of every rung after the baseline; its forward is the table of contents of the course."
 
     def __init__(self, recipe: Recipe, size: Size):
         super().__init__()
+        self.recipe = recipe
         d, layers = size.model_dim, recipe.num_layers
-        self.num_heads = size.num_heads
-        self.embed = nn.Parameter(torch.randn(size.vocab_size, d) * 0.02)
-        self.position = nn.Parameter(torch.randn(recipe.seq_len, d) * 0.02)
-        # banks: the matrices of all layers stacked by shape, so that the optimizer handles each shape in one call
-        self.qk_bank = nn.Parameter(torch.randn(2 * layers, d, d) * 0.02)
-        self.vo_bank = nn.Parameter(torch.randn(2 * layers, d, d) * 0.02)
-        self.mlp_bank = nn.Parameter(torch.randn(2 * layers, 4 * d, d) * 0.02)
-        with torch.no_grad():  # projections into the stream start smaller, as in GPT-2
-            self.vo_bank[1::2] /= math.sqrt(2 * layers)
-            self.mlp_bank[1::2] /= math.sqrt(2 * layers)
+        vocab_size = padded(size.vocab_size) if recipe.pad_vocab else size.vocab_size
+        if recipe.head != "tied":
+            self.lm_head = nn.Parameter(torch.randn(d, vocab_size) * 0.005)
+            self.embed = nn.Parameter(self.lm_head.detach().T.clone())
+        else:
+            self.embed = nn.Parameter(torch.randn(vocab_size, d) * 0.02)
+        if recipe.positions == "learned":
+            self.position = nn.Parameter(torch.randn(recipe.seq_len, d) * 0.02)
+        else:
+            frequencies = rotary_frequencies(d // recipe.num_heads, recipe.rotary_base)
+            cos_tk, sin_tk = rotary_table(frequencies, recipe.seq_len)
+            self.register_buffer("rotary_cos", cos_tk, persistent=False)
+            self.register_buffer("rotary_sin", sin_tk, persistent=False)
+        self.make_banks(layers, d)
+
+    def make_banks(self, layers: int, d: int) -> None:
+        "The matrices of all layers stacked by shape, so that the optimizer handles each shape in one call."
+        shapes = (2 * layers, d, d), (2 * layers, d, d), (2 * layers, 4 * d, d)
+        if self.recipe.init == "gpt2":
+            qk, vo, mlp = (torch.randn(shape) * 0.02 for shape in shapes)
+            vo[1::2] /= math.sqrt(2 * layers)  # projections into the stream start smaller, as in GPT-2
+            mlp[1::2] /= math.sqrt(2 * layers)
+        else:
+            qk, vo, mlp = (uniform_weights(*shape) for shape in shapes)
+            mlp[1::2] = 0
+            if self.recipe.init == "zero_proj":
+                vo[1::2] = 0
+        self.qk_bank, self.vo_bank, self.mlp_bank = nn.Parameter(qk), nn.Parameter(vo), nn.Parameter(mlp)
+
+    def attention(self, x_btd: Tensor, q_w: Tensor, k_w: Tensor, v_w: Tensor, o_w: Tensor) -> Tensor:
+        "What one layer's attention adds to the stream, (b, t, d); the matrices are (d, d)."
+        recipe = self.recipe
+        q, k, v = (split_heads(x_btd, w, recipe.num_heads) for w in (q_w, k_w, v_w))
+        if recipe.qk_norm:
+            q, k = norm_queries_keys(q, k)
+        if recipe.positions == "rotary":
+            q, k = rotate(q, self.rotary_cos, self.rotary_sin), rotate(k, self.rotary_cos, self.rotary_sin)
+        y = causal_attention(q, k, v, recipe.softmax_scale if recipe.qk_norm else None)
+        return F.linear(y.flatten(2), o_w)
 
     def logits(self, inputs_bt: Tensor) -> Tensor:
         "Scores of every next token, (b, t, v)."
-        x_btd = self.embed[inputs_bt] + self.position[: inputs_bt.shape[1]]
+        recipe = self.recipe
+        x_btd = self.embed[inputs_bt]
+        if recipe.positions == "learned":
+            x_btd = x_btd + self.position[: inputs_bt.shape[1]]
+        if recipe.head != "tied":
+            x_btd = rms_norm(x_btd)
         qk, vo, mlp = self.qk_bank.unbind(), self.vo_bank.unbind(), self.mlp_bank.unbind()
-        for q_w, k_w, v_w, o_w, up_w, down_w in zip(
-                qk[::2], qk[1::2], vo[::2], vo[1::2], mlp[::2], mlp[1::2], strict=True):
-            x_btd = x_btd + lean_attention(rms_norm(x_btd), q_w, k_w, v_w, o_w, self.num_heads)
-            x_btd = x_btd + lean_mlp(rms_norm(x_btd), up_w, down_w)
-        return F.linear(rms_norm(x_btd), self.embed)
+        for i in range(recipe.num_layers):
+            q_w, k_w, v_w, o_w, up_w, down_w = *qk[2 * i : 2 * i + 2], *vo[2 * i : 2 * i + 2], *mlp[2 * i : 2 * i + 2]
+            x_btd = x_btd + self.attention(rms_norm(x_btd), q_w, k_w, v_w, o_w)
+            if recipe.activation == "relu2":
+                x_btd = x_btd + relu2_mlp(rms_norm(x_btd), up_w, down_w)
+            else:
+                x_btd = x_btd + lean_mlp(rms_norm(x_btd), up_w, down_w)
+        z_btv = rms_norm(x_btd) @ self.lm_head if recipe.head != "tied" else F.linear(rms_norm(x_btd), self.embed)
+        return softcap(z_btv) if recipe.capped else z_btv
 
     def forward(self, inputs_bt: Tensor, targets_bt: Tensor) -> Tensor:
         "Mean cross-entropy of the next token in nats, a scalar."
@@ -53,5 +97,5 @@ class GPT(nn.Module):
 def build_model(recipe: Recipe, size: Size) -> nn.Module:
     "The network of a recipe at a size, with fresh weights from torch's global generator."
     if recipe.model == "gpt2":
-        return GPT2(recipe.num_layers, size.model_dim, size.num_heads, size.vocab_size, recipe.seq_len)
+        return GPT2(recipe.num_layers, size.model_dim, recipe.num_heads, size.vocab_size, recipe.seq_len)
     return GPT(recipe, size)

@@ -18,10 +18,25 @@ class Recipe:
 
     model: Literal["gpt2", "gpt"] = "gpt2"  # the textbook network, or the one the ladder grows
     schedule: Literal["cosine", "trapezoid"] = "cosine"  # shape of the learning rate over the run
+    positions: Literal["learned", "rotary"] = "learned"  # how the network knows the order of tokens
+    qk_norm: bool = False  # queries and keys have length one, up to a fixed scale
+    activation: Literal["gelu", "relu2"] = "gelu"  # between the two matrices of an MLP
+    init: Literal["gpt2", "zero_proj", "zero_down"] = "gpt2"  # which projections into the stream start at zero
+    pad_vocab: bool = False  # vocabulary padded to a multiple of 128
+    head: Literal["tied", "untied", "split"] = "tied"  # output matrix: the embedding's, its own, or its own after 2/3
+    capped: bool = False  # logits bent into (0, 23)
     optimizer: Literal["adamw", "muon"] = "adamw"  # rule for the matrices inside the blocks
+    polar: bool = False  # Polar Express instead of Newton-Schulz
+    normuon: bool = False  # neurons share an orthogonal update evenly
+    head_pairs: bool = False  # queries and keys are orthogonalised for two heads at a time
+    cautious: bool = False  # weights decay only where the update moves them towards zero
+    two_speeds: bool = False  # tables and scalars step every second time
     bos_aligned: bool = False  # training rows start at document starts (record 26)
 
     num_layers: int = 12  # transformer blocks
+    num_heads: int = 12  # attention heads; the head dimension is model_dim / num_heads
+    rotary_base: float = 1024.0  # the slowest rotary pair turns 1/rotary_base radians per token
+    softmax_scale: float = 0.12  # factor on the scores of normed queries and keys
     seq_len: int = 1024  # tokens per row
     batch_rows: int = 512  # rows per optimizer step over all processes
     steps: int = 19_560  # optimizer steps
@@ -34,6 +49,9 @@ class Recipe:
     grad_clip: float = 1.0  # largest global gradient norm; 0 = no clipping
     muon_lr: float = 0.02  # learning rate of Muon
     muon_momentum: float = 0.95  # momentum of Muon (Nesterov)
+    normuon_beta2: float = 0.9  # decay of NorMuon's second moment
+    adam_decay: float = 0.005  # base of the cautious decay of tables and scalars
+    muon_decay: float = 1.2  # base of the cautious decay of matrices
 
 # %% ../nbs/90_recipe.ipynb #60e9140c
 def choice_fields() -> dict[str, tuple]:  # field name -> allowed values
@@ -49,7 +67,6 @@ class Size:
 
     name: str
     model_dim: int  # d, width of the residual stream
-    num_heads: int  # h, attention heads; the head dimension is model_dim / num_heads
     tokenizer: Literal["bytes", "gpt2"]
     vocab_size: int  # v
     data: str  # folder under $DATA_PATH/data with the shards
@@ -57,9 +74,9 @@ class Size:
 
 
 SIZES = {size.name: size for size in (
-    Size("nano", 128, 4, "bytes", 257, "demo_bytes", 30_720),
-    Size("mini", 384, 6, "gpt2", 50_257, "fineweb10B", 10_485_760),
-    Size("full", 768, 12, "gpt2", 50_257, "fineweb10B", 10_485_760),
+    Size("nano", 128, "bytes", 257, "demo_bytes", 30_720),
+    Size("mini", 384, "gpt2", 50_257, "fineweb10B", 10_485_760),
+    Size("full", 768, "gpt2", 50_257, "fineweb10B", 10_485_760),
 )}
 
 # %% ../nbs/90_recipe.ipynb #74d29cff
@@ -77,18 +94,38 @@ class Rung:
 
 LADDER = (
     Rung("baseline", "02_baseline", ("1",), "GPT-2 as llm.c trains it: AdamW, cosine schedule",
-         at={"nano": {"seq_len": 256, "batch_rows": 8, "steps": 120, "warmup_frac": 0.25, "adam_lr": 3e-3},
-             "mini": {"seq_len": 512, "batch_rows": 64, "steps": 3000, "adam_lr": 1.5e-3}}),
+         at={"nano": {"num_heads": 4, "seq_len": 256, "batch_rows": 8, "steps": 120, "warmup_frac": 0.25, "adam_lr": 3e-3},
+             "mini": {"num_heads": 6, "seq_len": 512, "batch_rows": 64, "steps": 3000, "adam_lr": 1.5e-3}}),
     Rung("lean", "04_lean", ("2",), "no biases, no gains, RMS norm, stacked weights; trapezoid schedule, higher rate",
          changes={"model": "gpt", "schedule": "trapezoid", "num_layers": 11, "steps": 9536, "warmup_frac": 256 / 9536,
                   "cooldown_frac": 2048 / 9536, "adam_lr": 1.8e-3},
          at={"nano": {"steps": 120, "warmup_frac": 0.25, "cooldown_frac": 0.4, "adam_lr": 2e-3},
              "mini": {"steps": 3000, "adam_lr": 2.5e-3, "cooldown_frac": 0.4}}),
-    Rung("muon", "20_muon", ("3", "4"), "matrices in the blocks are updated by Muon, the rest by AdamW",
-         changes={"optimizer": "muon", "steps": 6200, "warmup_frac": 0.0, "cooldown_frac": 1800 / 6200,
-                  "adam_lr": 3.6e-3, "weight_decay": 0.0, "grad_clip": 0.0},
-         at={"nano": {"steps": 120, "adam_lr": 4e-3, "muon_lr": 0.02, "warmup_frac": 0.0, "cooldown_frac": 0.4},
+    Rung("rotary", "10_rotary", ("2", "17"), "positions as rotations of queries and keys", changes={"positions": "rotary"}),
+    Rung("qk_norm", "11_qk_norm", ("5", "20"), "queries and keys of length one, six wide heads",
+         changes={"qk_norm": True, "num_heads": 6},
+         at={"nano": {"num_heads": 4, "softmax_scale": 0.48}, "mini": {"softmax_scale": 0.24}}),
+    Rung("relu2", "12_relu2", ("5",), "squared ReLU in the MLP", changes={"activation": "relu2"}),
+    Rung("zero_init", "13_init", ("5",), "projections into the stream start at zero; vocabulary padded to 50,304",
+         changes={"init": "zero_proj", "pad_vocab": True}),
+    Rung("open_vo", "13_init", ("64",), "attention's output matrices start open again, like values", changes={"init": "zero_down"}),
+    Rung("untied", "14_logits", ("8",), "an output matrix of its own; embeddings are normed", changes={"head": "untied"}),
+    Rung("softcap", "14_logits", ("9", "18", "54"), "logits bent into a fixed range", changes={"capped": True}),
+    Rung("muon", "20_muon", ("3", "4"), "matrices in the blocks are updated by Muon, the rest by Adam",
+         changes={"optimizer": "muon", "steps": 5100, "warmup_frac": 0.0, "cooldown_frac": 1450 / 5100, "adam_lr": 3.6e-3},
+         at={"nano": {"steps": 120, "adam_lr": 4e-3, "warmup_frac": 0.0, "cooldown_frac": 0.4},
              "mini": {"steps": 3000, "cooldown_frac": 0.4}}),
+    Rung("polar", "21_polar", ("38",), "five minimax polynomials orthogonalise", changes={"polar": True}),
+    Rung("normuon", "22_normuon", ("41", "42", "48"), "neurons share an orthogonal update evenly",
+         changes={"normuon": True, "muon_lr": 0.023}),
+    Rung("head_pairs", "22_normuon", ("80",), "queries and keys are orthogonalised for two heads at a time",
+         changes={"head_pairs": True}),
+    Rung("cautious", "23_cautious", ("43", "50"), "weights decay only where the update moves them towards zero",
+         changes={"cautious": True}),
+    Rung("two_speeds", "24_two_speeds", ("39", "56", "57"), "tables step every second time, with betas of their own",
+         changes={"two_speeds": True, "adam_lr": 8e-3}, at={"nano": {"adam_lr": 4e-3}}),
+    Rung("late_split", "24_two_speeds", ("51", "53"), "head and embedding are one for two thirds of the run",
+         changes={"head": "split"}),
 )
 
 # %% ../nbs/90_recipe.ipynb #22763e3d
@@ -136,6 +173,6 @@ def parse_overrides(
             parsed[name] = hints[name](float(text)) if hints[name] is int else float(text)
         except ValueError:
             raise RecipeError(f"{name} takes a number, not {text!r}") from None
-        if parsed[name] < 0 or (name in ("steps", "seq_len", "batch_rows", "num_layers") and parsed[name] < 1):
+        if parsed[name] < 0 or (hints[name] is int and parsed[name] < 1):
             raise RecipeError(f"{name}={text} is out of range")
     return parsed

@@ -18,7 +18,10 @@ from speedrun_lib.export import (
     count_diff,
     diff_rungs,
     export_script,
+    facts,
     fold,
+    folded,
+    linked,
     stale_exports,
 )
 from speedrun_lib.recipe import LADDER, SIZES, RecipeError, recipe_for
@@ -112,7 +115,7 @@ def test_unknown_rung():
         export_script("muom")
 
 
-def folded(source: str, **choices) -> str:
+def pruned(source: str, **choices) -> str:
     return cst.parse_module(source).visit(FoldBranches(choices)).code
 
 
@@ -129,7 +132,7 @@ def folded(source: str, **choices) -> str:
      "def f(recipe):\n    return 1\n"),
 ])
 def test_folding(source, choices, expected):
-    assert folded(source, **choices).strip() == expected.strip()
+    assert pruned(source, **choices).strip() == expected.strip()
 
 
 def test_a_parameter_that_is_always_the_same_disappears_with_what_it_switches():
@@ -160,12 +163,115 @@ def main():
     ("from .other import *\n\ndef main(): ...\n", "star import"),
     ("def main(recipe):\n    return getattr(recipe, 'model')\n", "write recipe.<field>"),
     ("from .other import missing\n\ndef main():\n    return missing\n", "there is no missing"),
+    ("def main(recipe):\n    return asdict(recipe)['model']\n", "train.py:2: .* write recipe.<field>"),
+    ("def main(recipe):\n\n    kind, x = recipe.model, 1\n", "train.py:3: recipe.model is copied to a variable"),
+    ("def main(recipe):\n    match recipe.model:\n        case 'gpt': ...\n", "train.py:2: match on a recipe choice"),
+    ("def main(r: Recipe): ...\n", "train.py:1: a parameter of type Recipe must be called recipe"),
+    ("def main():\n    from .other import x\n", "train.py:2: an import from the package inside"),
+    ("from .other import x\nfrom json import loads\n\ndef main():\n    return x, loads\n", "imported from two places"),
+    ("from .other import x\n\ndef y(): ...\n\ndef main():\n    return x, y\n", "the name y has another meaning"),
 ])
 def test_code_that_cannot_be_followed_is_named(source, message):
-    linker = Linker({"train": source, "other": "x = 1\n"}, ["model"])
+    other = "from pickle import loads\n\nx = loads, y\n\ny = 1\n"
     with pytest.raises(ExportError, match=message):
-        linker.reach("train", "main")
-        linker.flat()
+        link({"train": source, "other": other}, ["model"])
+
+
+def export_afresh(rung: str) -> str:
+    for cached in (export_script, linked, facts, folded):
+        cached.cache_clear()
+    return export_script(rung)
+
+
+def test_exports_depend_on_neither_order_nor_repetition():
+    rungs = [LADDER[0].name, LADDER[len(LADDER) // 2].name, LADDER[-1].name]
+    alone = {rung: export_afresh(rung) for rung in rungs}
+    assert {rung: export_script(rung) for rung in reversed(rungs)} == alone
+    export_script.cache_clear()
+    assert {rung: export_script(rung) for rung in rungs} == alone
+
+
+TWO_WAYS = """
+def fast(recipe):
+    return recipe.steps
+
+
+def slow(recipe):
+    return 2 * recipe.steps
+
+
+def main(recipe):
+    return fast(recipe) if recipe.a else slow(recipe)
+"""
+
+
+def test_folding_shares_statements_and_changes_none():
+    module = cst.parse_module(TWO_WAYS)
+    first, other, again = (fold(module, {"a": a}, ["main"]) for a in (True, False, True))
+    assert first.code == again.code and "slow" not in first.code
+    assert "fast" not in other.code and module.code == TWO_WAYS
+    assert first.body[0] is module.body[0], "what mentions no choice stays the same object, with its facts"
+    assert all(a is b for a, b in zip(first.body, fold(first, {}, ["main"]).body, strict=True))
+
+
+def link(sources: dict[str, str], choices=()) -> str:
+    linker = Linker(sources, choices)
+    linker.reach("train", "main")
+    return linker.flat()[0].code
+
+
+def test_a_changed_source_is_read_again():
+    main = "from .other import f\n\ndef main():\n    return f()\n"
+    for value in ("1", "2", "1"):
+        code = link({"train": main, "other": f"def f():\n    return {value}\n"})
+        assert f"return {value}" in code
+
+
+@pytest.mark.parametrize("body, kept", [
+    ("    return other", True),
+    ("    other = 1\n    return other", False),
+    ("    return [other for other in range(3)]", False),
+    ("    return [x for x in other]", True),
+    ("    def inner(other):\n        return other\n    return inner(1)", False),
+    ("    def inner():\n        return other\n    return inner()", True),
+    ("    x: 'other' = 1\n    return x", True),
+    ("    x: Literal['other'] = 'other'\n    return x", False),
+    ("    return recipe.other, f(other=1)", False),
+])
+def test_only_a_use_of_the_global_name_counts(body, kept):
+    source = f"from typing import Literal\n\ndef f(other): ...\n\ndef other(): ...\n\ndef main(recipe):\n{body}\n"
+    assert ("def other" in link({"train": source})) == kept
+    assert ("def other" in fold(cst.parse_module(source), {}, ["main"]).code) == kept
+
+
+def test_what_is_registered_comes_along_and_modules_of_modules_too():
+    source = """
+import importlib
+import importlib.util
+import unused
+
+@op
+def kernel(x):
+    return importlib.util.find_spec(x)
+
+@kernel.register_fake
+def _(x):
+    return fake(x)
+
+def fake(x):
+    return x
+
+def main():
+    return kernel(1)
+"""
+    code = link({"train": source})
+    assert "register_fake" in code and "def fake" in code and "import importlib.util" in code and "unused" not in code
+    assert "register_fake" not in fold(cst.parse_module(source.replace("kernel(1)", "fake(1)")), {}, ["main"]).code
+
+
+def test_a_variable_that_is_global_elsewhere_stays():
+    source = "n = 0\n\ndef count():\n    global n\n    n = 1\n\ndef main():\n    count()\n    return n\n"
+    assert "    n = 1" in fold(cst.parse_module(source), {}, ["main"]).code
 
 
 def test_entries_exist():

@@ -16,11 +16,11 @@ import types
 from pathlib import Path
 
 import pytest
-from tests.hub import REPO, Fault, Hub, shard_bytes, wait_until
 
 from speedrun_lib import fetch
 from speedrun_lib.data import DataError, find_shards, read_shard, write_demo
 from speedrun_lib.fetch import check_folder, default_data_dir, fetch_fineweb, fineweb_names, shards_needed
+from tests.hub import REPO, Fault, Hub, shard_bytes, wait_until
 
 VAL, ONE, TWO, THREE = fineweb_names(3)
 CHUNK = 16_384  # the library writes to disk in chunks; 10 MB in use, small here so that small shards have many

@@ -254,7 +254,7 @@ def test_every_command_has_help_with_an_example():
 @pytest.mark.parametrize("args, expected", [
     (["ladder", "--size", "nano"], "adam_lr=0.004"),
     (["doctor"], "GPT-2 tokenizer"),
-    (["diff", "lean", "muon"], "+class Muon"),
+    (["diff", "softcap", "muon"], "+class Optimizer"),
     (["data", "get", "demo"], "demo_gpt2"),
 ])
 def test_commands_that_only_look(args, expected, tmp_path):
