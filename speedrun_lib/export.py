@@ -103,8 +103,7 @@ class Facts:
 
     def __init__(self, statement: cst.BaseStatement):
         self.scopes, contexts = scopes_and_contexts(statement)
-        found = self.scopes[statement].assignments
-        self.defines = [assignment.name for assignment in found if assignment.node is not TYPING.body[0]]  # globally
+        self.defines = [a.name for a in self.scopes[statement].assignments if a.node is not TYPING.body[0]]
         self.extends = extended_name(statement)
         self.calls: dict[cst.CSTNode, cst.Call] = {}  # called expression -> call
         self.values: dict[cst.CSTNode, cst.BaseExpression] = {}  # assigned name or attribute -> value
@@ -191,11 +190,8 @@ BY_NAME = m.OneOf(*map(m.Name, ("getattr", "setattr", "hasattr", "vars")))
 BY_TEXT = m.Call(BY_NAME, [m.Arg(RECIPE), m.ZeroOrMore()]) | m.Subscript(m.Call(args=[m.Arg(RECIPE)]))
 
 
-def objection(
-    node: cst.CSTNode,
-    choices: Iterable[str],  # recipe fields that select code
-) -> str | None:
-    "Why the exporter could not follow the recipe here, if so."
+def objection(node: cst.CSTNode, choices: Iterable[str]) -> str | None:
+    "Why the exporter could not follow the recipe, whose `choices` select code, at this node; `None` if it can."
     choice = m.Attribute(value=RECIPE, attr=m.Name(m.MatchIfTrue(lambda name: name in choices)))
     match node:
         case cst.Call() | cst.Subscript() if m.matches(node, BY_TEXT):
@@ -572,12 +568,8 @@ def fixed(values: Iterable[cst.BaseExpression | None]) -> Any:
 class DeadCode:
     "Finds what pruning has left without use: parameters, attributes and variables."
 
-    def __init__(
-        self,
-        body: Sequence[cst.BaseStatement],
-        before: Survey,  # of the module before pruning: only what lost its use since then is dead
-    ):
-        self.survey, self.before, self.edit = Survey(body), before, Edit()
+    def __init__(self, body: Sequence[cst.BaseStatement], before: Survey):
+        self.survey, self.before, self.edit = Survey(body), before, Edit()  # dead: what lost its use since `before`
 
     def find(self) -> Edit:
         "The changes that remove it."
@@ -646,11 +638,8 @@ class DeadCode:
 
 # %% ../nbs/94_export.ipynb #54ea1893
 @functools.lru_cache(maxsize=1000)
-def folded(
-    statement: cst.BaseStatement,
-    choices: frozenset[tuple[str, bool | str]],  # the recipe fields that it mentions, with their values
-) -> Sequence[cst.BaseStatement]:
-    "What the choices leave of a top-level statement."
+def folded(statement: cst.BaseStatement, choices: frozenset[tuple[str, bool | str]]) -> Sequence[cst.BaseStatement]:
+    "What is left of a top-level statement by the choices that it mentions, pairs of field and value."
     return cst.Module([statement]).visit(FoldBranches(dict(choices))).body
 
 

@@ -61,33 +61,32 @@ class GPT(nn.Module):
 
     def attention(self, x_btd: Tensor, q_w: Tensor, k_w: Tensor, v_w: Tensor, o_w: Tensor) -> Tensor:
         "What one layer's attention adds to the stream, (b, t, d); the matrices are (d, d)."
-        recipe = self.recipe
-        q, k, v = (split_heads(x_btd, w, recipe.num_heads) for w in (q_w, k_w, v_w))
-        if recipe.qk_norm:
+        q, k, v = (split_heads(x_btd, w, self.recipe.num_heads) for w in (q_w, k_w, v_w))
+        if self.recipe.qk_norm:
             q, k = norm_queries_keys(q, k)
-        if recipe.positions == "rotary":
+        if self.recipe.positions == "rotary":
             q, k = rotate(q, self.rotary_cos, self.rotary_sin), rotate(k, self.rotary_cos, self.rotary_sin)
-        y = causal_attention(q, k, v, recipe.softmax_scale if recipe.qk_norm else None)
+        y = causal_attention(q, k, v, self.recipe.softmax_scale if self.recipe.qk_norm else None)
         return F.linear(y.flatten(2), o_w)
 
     def logits(self, inputs_bt: Tensor) -> Tensor:
         "Scores of every next token, (b, t, v)."
-        recipe = self.recipe
         x_btd = self.embed[inputs_bt]
-        if recipe.positions == "learned":
+        if self.recipe.positions == "learned":
             x_btd = x_btd + self.position[: inputs_bt.shape[1]]
-        if recipe.head != "tied":
+        if self.recipe.head != "tied":
             x_btd = rms_norm(x_btd)
         qk, vo, mlp = self.qk_bank.unbind(), self.vo_bank.unbind(), self.mlp_bank.unbind()
-        for i in range(recipe.num_layers):
+        for i in range(self.recipe.num_layers):
             q_w, k_w, v_w, o_w, up_w, down_w = *qk[2 * i : 2 * i + 2], *vo[2 * i : 2 * i + 2], *mlp[2 * i : 2 * i + 2]
             x_btd = x_btd + self.attention(rms_norm(x_btd), q_w, k_w, v_w, o_w)
-            if recipe.activation == "relu2":
+            if self.recipe.activation == "relu2":
                 x_btd = x_btd + relu2_mlp(rms_norm(x_btd), up_w, down_w)
             else:
                 x_btd = x_btd + lean_mlp(rms_norm(x_btd), up_w, down_w)
-        z_btv = rms_norm(x_btd) @ self.lm_head if recipe.head != "tied" else F.linear(rms_norm(x_btd), self.embed)
-        return softcap(z_btv) if recipe.capped else z_btv
+        x_btd = rms_norm(x_btd)
+        z_btv = x_btd @ self.lm_head if self.recipe.head != "tied" else F.linear(x_btd, self.embed)
+        return softcap(z_btv) if self.recipe.capped else z_btv
 
     def forward(self, inputs_bt: Tensor, targets_bt: Tensor) -> Tensor:
         "Mean cross-entropy of the next token in nats, a scalar."

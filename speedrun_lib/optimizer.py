@@ -35,12 +35,16 @@ class Rule:
 def parameter_rules(recipe: Recipe) -> dict[str, Rule]:  # parameter name -> rule
     "The table of a recipe (record 82's factors)."
     betas = (0.5, 0.95) if recipe.two_speeds else (0.9, 0.95)
-    rules = {"lm_head": Rule("adam", decay=150, betas=betas), "embed": Rule("adam", decay=150, betas=betas)}
-    return rules | {
+    rules = {
+        "lm_head": Rule("adam", decay=150, betas=betas),
+        "embed": Rule("adam", decay=150, betas=betas),
         "qk_bank": Rule("muon", decay=1),
         "vo_bank": Rule("muon", decay=1),
-        "mlp_bank": Rule("muon", decay=1, lr_odd=2.0 if recipe.normuon else 1.0),
+        "mlp_bank": Rule("muon", decay=1, lr_odd=2) if recipe.normuon else Rule("muon", decay=1),
     }
+    if recipe.positions == "learned":
+        rules["position"] = Rule("adam")
+    return rules
 
 # %% ../nbs/92_optimizer.ipynb #142fa930
 def adam_update(
@@ -73,38 +77,36 @@ class Optimizer(torch.optim.Optimizer):
                                        "momentum": recipe.muon_momentum} for name, p in self.params.items()]
         super().__init__(groups, {})
         if recipe.two_speeds:
-            self.begin(1)
-
-    def begin(self, step: int) -> None:
-        "What a step will do: Adam rests on even steps; head and embedding are one until the step of the split."
-        self.adam_due = step % 2 == 1
-        if self.recipe.head == "split":
-            self.tied, self.splits = step <= split_step(self.recipe.steps), step == split_step(self.recipe.steps)
+            self.step_number = 1  # set by the training loop before every step
 
     def due(self) -> list[dict]:
         "The groups that the next step updates; their gradients must be complete."
-        groups = self.param_groups
-        if self.recipe.two_speeds:
-            groups = [group for group in groups if group["rule"] == "muon" or self.adam_due]
-        return groups
+        if self.recipe.two_speeds and self.step_number % 2 == 0:
+            return [group for group in self.param_groups if group["rule"] == "muon"]
+        return self.param_groups
 
     @torch.no_grad()
     def step(self) -> None:
         "Update the parameters that are due, and drop their gradients."
-        tied = self.recipe.head == "split" and self.tied and self.adam_due
-        if tied:
-            self.params["lm_head"].grad += self.params["embed"].grad.T
+        if self.recipe.head == "split":
+            head, embed, split = self.params["lm_head"], self.params["embed"], split_step(self.recipe.steps)
+            tied = self.step_number % 2 == 1 and self.step_number <= split
+            if tied:
+                head.grad += embed.grad.T
+                embed.grad = None
         for group in self.due():
             p = group["params"][0]
+            if p.grad is None:
+                continue
             if group["rule"] == "muon":
                 self.muon(p, group)
-            elif not (tied and group["name"] == "embed"):
+            else:
                 self.adam(p, group)
             p.grad = None
-        if tied:
-            self.params["embed"].copy_(self.params["lm_head"].T)
-            if self.splits:
-                self.state[self.params["embed"]] = transposed_state(self.state[self.params["lm_head"]])
+        if self.recipe.head == "split" and tied:
+            embed.copy_(head.T)
+            if self.step_number == split:
+                self.state[embed] = transposed_state(self.state[head])
 
     def adam(self, p: Tensor, group: dict) -> None:
         "Adam's rule."
@@ -116,19 +118,20 @@ class Optimizer(torch.optim.Optimizer):
 
     def muon(self, p: Tensor, group: dict) -> None:
         "Muon's rule, for all matrices of a bank at once."
-        recipe, state = self.recipe, self.state[p]
+        state = self.state[p]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(p, dtype=torch.float32)
         update = nesterov(state["momentum_buffer"], p.grad.float(), group["momentum"])
-        if recipe.head_pairs and group["name"] == "qk_bank":
+        if self.recipe.head_pairs and group["name"] == "qk_bank":
             update = update.view(-1, 2 * self.head_dim, p.shape[-1])
-        update = polar_express(update) if recipe.polar else newton_schulz(update)
-        if recipe.normuon:
-            update = equalise(update, state, recipe.normuon_beta2)
+        update = polar_express(update) if self.recipe.polar else newton_schulz(update)
+        if self.recipe.normuon:
+            update = equalise(update, state, self.recipe.normuon_beta2)
         update = update.view_as(p)
         lr = torch.full((len(p), 1, 1), group["lr"] * math.sqrt(max(1, p.shape[-2] / p.shape[-1])), device=p.device)
-        lr[1::2] *= group["lr_odd"]
-        if recipe.cautious:
-            decay = recipe.muon_decay * group["lr"] * group["decay"]
+        if self.recipe.normuon:
+            lr[1::2] *= group["lr_odd"]
+        if self.recipe.cautious:
+            decay = self.recipe.muon_decay * group["lr"] * group["decay"]
             p.sub_(cautious_decay(p, update, strict=False) * (decay * lr))
         p.sub_(update * lr)

@@ -179,11 +179,11 @@ def folded(
     diff: bool = False,  # colour lines starting with + and -
 ) -> HTML:
     "A folded block of preformatted text; `diff=True` colours added and removed lines."
-    colour = {"+": "#2e8b57", "-": "#c0504d", "@": "#6f6f9f"}
+    colour = {"+": "#2e8b57", "-": "#c0504d", "@": "#6f6f9f"} if diff else {}
     lines = []
-    for line in text.rstrip("\n").split("\n"):
-        shown = html.escape(line) or " "
-        lines.append(f'<span style="color:{colour[line[0]]}">{shown}</span>' if diff and line[:1] in colour else shown)
+    for first, group in itertools.groupby(text.rstrip("\n").split("\n"), key=lambda line: colour.get(line[:1])):
+        shown = "\n".join(html.escape(line) or " " for line in group)
+        lines.append(f'<span style="color:{first}">{shown}</span>' if first else shown)
     body = "\n".join(lines)
     return HTML(f'<details class="speedrun-fold"><summary>{html.escape(summary)}</summary>'
                 f'<pre style="font-size:80%;overflow-x:auto">{body}</pre></details>')

@@ -385,7 +385,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
             if recipe.two_speeds:
-                optimizer.begin(step)
+                optimizer.step_number = step
             loss = train_step(model, optimizer, loader.next_step(world.parts), recipe, world)
 
             done = step + 1
