@@ -7,7 +7,7 @@ __all__ = ['RECIPE', 'TYPING', 'facts', 'IMPORT', 'BY_NAME', 'BY_TEXT', 'UNKNOWN
            'ExportError', 'package_sources', 'code', 'pairs', 'scopes_and_contexts', 'is_global', 'extended_name',
            'Facts', 'definitions', 'SourceModule', 'imports_package', 'objection', 'in_order', 'Linker', 'linked',
            'constant', 'literal', 'pure', 'instead', 'truth', 'FoldExpressions', 'leaves', 'comments', 'FoldBranches',
-           'Survey', 'ended_like', 'Edit', 'reached', 'fixed', 'DeadCode', 'folded', 'fold', 'keep_fields',
+           'Survey', 'ended_like', 'Edit', 'reached', 'fixed', 'DeadCode', 'fold_choices', 'fold', 'keep_fields',
            'recipe_table', 'import_block', 'definition_name', 'definitions_block', 'export_script', 'milestone_paths',
            'write_exports', 'stale_exports', 'diff_rungs', 'count_diff']
 
@@ -638,7 +638,7 @@ class DeadCode:
 
 # %% ../nbs/94_export.ipynb #54ea1893
 @functools.lru_cache(maxsize=1000)
-def folded(statement: cst.BaseStatement, choices: frozenset[tuple[str, bool | str]]) -> Sequence[cst.BaseStatement]:
+def fold_choices(statement: cst.BaseStatement, choices: frozenset[tuple]) -> Sequence[cst.BaseStatement]:
     "What is left of a top-level statement by the choices that it mentions, pairs of field and value."
     return cst.Module([statement]).visit(FoldBranches(dict(choices))).body
 
@@ -652,7 +652,7 @@ def fold(
     before, body = Survey(module.body), []
     for statement in module.body:
         mentioned = frozenset((k, v) for k, v in choices.items() if k in facts(statement).fields)
-        body += folded(statement, mentioned) if mentioned else [statement]
+        body += fold_choices(statement, mentioned) if mentioned else [statement]
     while edit := DeadCode(body := reached(body, entries), before).find():
         body = [new for old in body for new in edit.apply(old)]
     return module.with_changes(body=body)

@@ -61,22 +61,23 @@ def test_log_has_the_format_of_the_original(shards, tmp_path):
                for x in lines)
 
 
-def test_resuming_continues_to_the_bit(shards, tmp_path):
-    recipe = quick(steps="8")
+@pytest.mark.parametrize("rung, stop", [("lean", 4), ("muon", 4), (LADDER[-1].name, 4), (LADDER[-1].name, 5)])
+def test_resuming_continues_to_the_bit(shards, tmp_path, rung, stop):
+    recipe = quick(rung, steps="8")
     whole = run_here(shards, tmp_path / "whole", recipe)
     folder = tmp_path / "halves"
 
-    class StopAfterFour(RunLog):
+    class StopsEarly(RunLog):
         "Sends the signal that a cluster would send."
 
         def progress(self, step, *rest):
             super().progress(step, *rest)
-            if step == 3:
+            if step == stop - 1:
                 os.kill(os.getpid(), signal.SIGTERM)
 
     run = Run(shards, folder, val_every=3, log_every=1)
-    with pytest.raises(RunError, match="stopped after step 4"):
-        train(recipe, SIZES["nano"], run, join_world("cpu"), StopAfterFour(folder, 0))
+    with pytest.raises(RunError, match=f"stopped after step {stop}"):
+        train(recipe, SIZES["nano"], run, join_world("cpu"), StopsEarly(folder, 0))
     assert run_here(shards, folder, recipe, resume=True) == whole
     first, second = (read_checkpoint(tmp_path / x / "checkpoint.safetensors")[0] for x in ("whole", "halves"))
     assert all(torch.equal(first[k], second[k]) for k in first) and first.keys() == second.keys()
