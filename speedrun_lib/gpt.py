@@ -33,7 +33,7 @@ class GPT(nn.Module):
         vocab_size = padded(size.vocab_size) if recipe.pad_vocab else size.vocab_size
         if recipe.head != "tied":
             self.lm_head = nn.Parameter(torch.randn(d, vocab_size) * 0.005)
-            self.embed = nn.Parameter(self.lm_head.detach().T.clone())
+            self.embed = nn.Parameter(self.lm_head.detach().T.contiguous())
         else:
             self.embed = nn.Parameter(torch.randn(vocab_size, d) * 0.02)
         if recipe.positions == "learned":

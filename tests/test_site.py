@@ -425,7 +425,7 @@ def test_pages_open_clean_and_fit(browser, address, pages, width, scheme):
 def test_formulas_are_drawn_without_a_network(browser, site, pages):
     formulas = {name: sum("math" in (attrs.get("class") or "").split() for _, attrs in page.tags)
                 for name, page in pages.items()}
-    assert formulas["96_site"] > 0
+    assert formulas["97_site"] > 0
     with opened(browser, offline=True) as (page, wrong):
         for name in [name for name, count in formulas.items() if count]:
             page.goto(f"file://{site}/{name}.html")
@@ -433,7 +433,7 @@ def test_formulas_are_drawn_without_a_network(browser, site, pages):
             assert page.locator(".math mjx-container svg").count() >= formulas[name], f"{name}: formulas are not drawn"
             assert page.locator("[data-mjx-error], mjx-merror, [data-mml-node=merror]").count() == 0, name
             assert not wrong, f"{name}: {wrong}"
-        page.goto(f"file://{site}/96_site.html")
+        page.goto(f"file://{site}/97_site.html")
         drawn(page)
         box = page.locator(".math mjx-container svg").first.bounding_box()
         assert box["width"] > 60 and box["height"] > 15, box
@@ -479,7 +479,7 @@ def test_sliders_move_without_a_kernel(browser, address, pages):
                     moved.append(name)
                 assert box.locator("img").evaluate("e => e.decode().then(() => e.naturalWidth)") > 200
             assert not wrong, f"{name}: {wrong}"
-    assert {"01_data", "98_page"} <= set(moved)
+    assert {"01_data", "99_page"} <= set(moved)
 
 
 @pytest.mark.browser

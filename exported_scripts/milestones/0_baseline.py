@@ -247,6 +247,7 @@ class Recipe:
     "The hyperparameters of this rung; choices between techniques are folded into the code."
 
     num_layers: int = 12  # transformer blocks
+    num_heads: int = 12  # attention heads; the head dimension is model_dim / num_heads
     seq_len: int = 1024  # tokens per row
     batch_rows: int = 512  # rows per optimizer step over all processes
     steps: int = 19_560  # optimizer steps
@@ -264,7 +265,6 @@ class Size:
 
     name: str
     model_dim: int  # d, width of the residual stream
-    num_heads: int  # h, attention heads; the head dimension is model_dim / num_heads
     tokenizer: Literal["bytes", "gpt2"]
     vocab_size: int  # v
     data: str  # folder under $DATA_PATH/data with the shards
@@ -272,9 +272,9 @@ class Size:
 
 
 SIZES = {size.name: size for size in (
-    Size("nano", 128, 4, "bytes", 257, "demo_bytes", 30_720),
-    Size("mini", 384, 6, "gpt2", 50_257, "fineweb10B", 10_485_760),
-    Size("full", 768, 12, "gpt2", 50_257, "fineweb10B", 10_485_760),
+    Size("nano", 128, "bytes", 257, "demo_bytes", 30_720),
+    Size("mini", 384, "gpt2", 50_257, "fineweb10B", 10_485_760),
+    Size("full", 768, "gpt2", 50_257, "fineweb10B", 10_485_760),
 )}
 
 
@@ -282,10 +282,10 @@ SIZES = {size.name: size for size in (
 
 def build_model(recipe: Recipe, size: Size) -> nn.Module:
     "The network of a recipe at a size, with fresh weights from torch's global generator."
-    return GPT2(recipe.num_layers, size.model_dim, size.num_heads, size.vocab_size, recipe.seq_len)
+    return GPT2(recipe.num_layers, size.model_dim, recipe.num_heads, size.vocab_size, recipe.seq_len)
 
 
-# ---- 92_train ------------------------------------------------------------------------------------
+# ---- 93_train ------------------------------------------------------------------------------------
 
 class RunError(RuntimeError):
     "A run that cannot start or go on; the message says why and what to do."
@@ -403,11 +403,10 @@ class RunLog:
         self.record(step=step, val_loss=val_loss, train_time_ms=train_time_ms, tokens=tokens)
 
 
-def build_optimizers(recipe: Recipe, model: nn.Module) -> list[torch.optim.Optimizer]:
-    "AdamW for everything, or Muon for the matrices inside the blocks and AdamW for the tables."
-    betas = (recipe.adam_beta1, recipe.adam_beta2)
+def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    "PyTorch's AdamW, or from the rung `muon` on the optimizer that grows."
     groups = decay_groups(model, recipe.weight_decay)
-    return [torch.optim.AdamW(groups, lr=recipe.adam_lr, betas=betas, fused=True)]
+    return torch.optim.AdamW(groups, lr=recipe.adam_lr, betas=(recipe.adam_beta1, recipe.adam_beta2), fused=True)
 
 
 def lr_factor(recipe: Recipe, step: int) -> float:
@@ -419,14 +418,15 @@ def lr_factor(recipe: Recipe, step: int) -> float:
 def save_checkpoint(
     path: Path,
     model: nn.Module,
-    optimizers: list[torch.optim.Optimizer],
+    optimizer: torch.optim.Optimizer,
     meta: dict[str, Any],  # JSON-serialisable: step, loader position, recipe, size
 ) -> None:
     "Write weights, optimizer state and position atomically."
     tensors = {f"model.{name}": p.detach() for name, p in model.state_dict().items()}
-    for i, optimizer in enumerate(optimizers):
-        for j, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-            tensors |= {f"optimizer.{i}.{j}.{key}": value for key, value in optimizer.state[p].items()}
+    for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        tensors |= {f"optimizer.{i}.{key}": value for key, value in optimizer.state[p].items()}
+        if p.grad is not None:  # waits for the next step
+            tensors[f"gradient.{i}"] = p.grad
     partial = path.with_suffix(".partial")
     save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata={"run": json.dumps(meta)})
     with partial.open("rb") as file:
@@ -450,7 +450,7 @@ def read_checkpoint(
 def load_checkpoint(
     path: Path,
     model: nn.Module,
-    optimizers: list[torch.optim.Optimizer],
+    optimizer: torch.optim.Optimizer,
     expected: dict[str, Any],  # metadata that must agree, e.g. the recipe
 ) -> dict[str, Any]:  # the metadata
     "Put a checkpoint's weights and optimizer state in place; raises `RunError` when it belongs to another run."
@@ -459,12 +459,13 @@ def load_checkpoint(
         if meta[key] != value:
             raise RunError(f"{path} was made with another {key}: {meta[key]}; resume with the same one")
     model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
-    for i, optimizer in enumerate(optimizers):
-        for j, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-            prefix = f"optimizer.{i}.{j}."
-            state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            # AdamW's step counter stays where the optimizer put it: on the parameter's device when fused
-            optimizer.state[p] = {k: v.to(p.device) for k, v in state.items()}
+    for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        prefix = f"optimizer.{i}."
+        state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        # AdamW's step counter stays where the optimizer put it: on the parameter's device when fused
+        optimizer.state[p] = {k: v.to(p.device) for k, v in state.items()}
+        if f"gradient.{i}" in tensors:
+            p.grad = tensors[f"gradient.{i}"].to(p.device)
     return meta
 
 
@@ -513,9 +514,9 @@ class Stopwatch:
 
 def train_step(
     model: nn.Module,
-    optimizers: list[torch.optim.Optimizer],
+    optimizer: torch.optim.Optimizer,
     batches: list[tuple[Tensor, Tensor]],  # this process's parts
-    grad_clip: float,  # largest gradient norm, 0 = none
+    recipe: Recipe,
     world: World,
 ) -> Tensor:  # mean loss of this process's parts, a scalar on the device
     "Accumulate gradients over the parts, average them over the processes, update."
@@ -528,11 +529,10 @@ def train_step(
         total += loss.detach()
     for p in model.parameters():
         world.average(p.grad)
-    if grad_clip:
-        nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-    for optimizer in optimizers:
-        optimizer.step()
-    model.zero_grad(set_to_none=True)
+    if recipe.grad_clip:
+        nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)
+    optimizer.step()
+    optimizer.zero_grad()
     return total
 
 
@@ -558,20 +558,19 @@ def validate(
 
 def warm_up(
     model: nn.Module,
-    optimizers: list[torch.optim.Optimizer],
+    optimizer: torch.optim.Optimizer,
     batches: list[tuple[Tensor, Tensor]],  # first parts of the run
-    grad_clip: float,
+    recipe: Recipe,
     world: World,
 ) -> None:
     "Compile and run everything once, then restore weights and optimizer state."
     before = [p.detach().clone() for p in model.parameters()]
-    train_step(model, optimizers, batches, grad_clip, world)
+    train_step(model, optimizer, batches, recipe, world)
     with torch.no_grad():
         model(*(x.to(world.device) for x in batches[0]))
         for p, old in zip(model.parameters(), before, strict=True):
             p.copy_(old)
-    for optimizer in optimizers:
-        optimizer.state.clear()
+    optimizer.state.clear()
 
 
 def train(
@@ -587,17 +586,17 @@ def train(
     torch.manual_seed(run.seed)
     bare_model = build_model(recipe, size).to(world.device)
     model = torch.compile(bare_model) if run.compile else bare_model
-    optimizers = build_optimizers(recipe, bare_model)
+    optimizer = build_optimizer(recipe, bare_model)
     if run.compile:
         log.text("compiling the model and warming up kernels", console=True)
         position = loader.state()
-        warm_up(model, optimizers, loader.next_step(world.parts), recipe.grad_clip, world)
+        warm_up(model, optimizer, loader.next_step(world.parts), recipe, world)
         loader.open(**position)
 
     identity = {"recipe": dataclasses.asdict(recipe), "size": size.name, "seed": run.seed}
     start, watch = 0, Stopwatch(world.device)
     if run.resume:
-        meta = load_checkpoint(run.run_dir / "checkpoint.safetensors", bare_model, optimizers, identity)
+        meta = load_checkpoint(run.run_dir / "checkpoint.safetensors", bare_model, optimizer, identity)
         loader.open(**meta["loader"])
         start, watch = meta["step"], Stopwatch(world.device, meta["train_time_ms"])
     log.record(start=start, world_size=world.size, device=str(world.device), torch=torch.__version__, **identity)
@@ -605,7 +604,7 @@ def train(
     def save(step: int) -> None:
         if world.rank == 0:
             meta = identity | {"step": step, "loader": loader.state(), "train_time_ms": watch.before}
-            save_checkpoint(run.run_dir / "checkpoint.safetensors", bare_model, optimizers, meta)
+            save_checkpoint(run.run_dir / "checkpoint.safetensors", bare_model, optimizer, meta)
 
     step_tokens = recipe.batch_rows * recipe.seq_len
     with stop_signals() as caught:
@@ -623,10 +622,9 @@ def train(
                 return val_loss
 
             factor = lr_factor(recipe, step)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
-            loss = train_step(model, optimizers, loader.next_step(world.parts), recipe.grad_clip, world)
+            for group in optimizer.param_groups:
+                group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+            loss = train_step(model, optimizer, loader.next_step(world.parts), recipe, world)
 
             done = step + 1
             if done % run.log_every == 0 or done == recipe.steps:
@@ -688,6 +686,7 @@ def main(recipes: dict[str, Recipe], sizes: dict[str, Size]) -> None:
 RECIPES = {
     "nano": Recipe(
         num_layers=12,
+        num_heads=4,
         seq_len=256,
         batch_rows=8,
         steps=120,
@@ -700,6 +699,7 @@ RECIPES = {
     ),
     "mini": Recipe(
         num_layers=12,
+        num_heads=6,
         seq_len=512,
         batch_rows=64,
         steps=3000,
@@ -712,6 +712,7 @@ RECIPES = {
     ),
     "full": Recipe(
         num_layers=12,
+        num_heads=12,
         seq_len=1024,
         batch_rows=512,
         steps=19560,

@@ -1,7 +1,7 @@
-"""Matrices in the blocks are updated by Muon, the rest by AdamW.
+"""Head and embedding are one for two thirds of the run.
 
-Rung `muon` of the NanoGPT speedrun course (records 3, 4); chapter nbs/20_muon.ipynb.
-Made by `speedrun export muon` from the course's notebooks: change those, not this file.
+Rung `late_split` of the NanoGPT speedrun course (records 51, 53); chapter nbs/24_two_speeds.ipynb.
+Made by `speedrun export late_split` from the course's notebooks: change those, not this file.
 
     torchrun --standalone --nproc_per_node=8 FILE        8 GPUs; 1, 2 and 4 work as well
     python FILE --size nano --data data/demo_bytes       a laptop CPU
@@ -165,73 +165,193 @@ def rms_norm(
     return F.rms_norm(x, (x.shape[-1],))
 
 
-def lean_attention(
+def split_heads(
     x_btd: Tensor,
-    q_w: Tensor,  # (d, d), out x in, like every weight here
-    k_w: Tensor,  # (d, d)
-    v_w: Tensor,  # (d, d)
-    o_w: Tensor,  # (d, d)
+    w: Tensor,  # (d, d), out x in, like every weight here
     num_heads: int,  # h; divides d
-) -> Tensor:  # (b, t, d)
-    "Causal multi-head attention from four square matrices, without biases."
-    q, k, v = (F.linear(x_btd, w).unflatten(2, (num_heads, -1)).transpose(1, 2) for w in (q_w, k_w, v_w))
-    y_bhtk = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    return F.linear(y_bhtk.transpose(1, 2).flatten(2), o_w)
+) -> Tensor:  # (b, t, h, k)
+    "Queries, keys or values of all heads: one product, cut into heads."
+    return F.linear(x_btd, w).unflatten(-1, (num_heads, -1))
 
 
-def lean_mlp(
+def causal_attention(
+    q_bthk: Tensor,
+    k_bthk: Tensor,
+    v_bthk: Tensor,
+    softmax_scale: float | None = None,  # factor on the scores; None = 1/sqrt(k)
+) -> Tensor:  # (b, t, h, k)
+    "What every position gathers from itself and the past."
+    q, k, v = (y_bthk.transpose(1, 2) for y_bthk in (q_bthk, k_bthk, v_bthk))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=softmax_scale).transpose(1, 2)
+
+
+# ---- 10_rotary -----------------------------------------------------------------------------------
+
+def rotary_frequencies(
+    head_dim: int,  # k; divisible by 4
+    base: float,  # the slowest of the turning pairs moves 1/base radians per token
+) -> Tensor:  # (k/2,) radians per token for each pair of dimensions, fp32
+    "Frequencies from 1 down to 1/base for half of the pairs; the other half stands still (record 17, @YouJiacheng)."
+    turning = (1 / base) ** torch.linspace(0, 1, head_dim // 4, dtype=torch.float32)
+    return torch.cat([turning, torch.zeros_like(turning)])
+
+
+def rotary_table(
+    frequencies: Tensor,  # (k/2,) radians per token
+    length: int,  # positions
+) -> tuple[Tensor, Tensor]:  # cosine and signed sine, (length, k) in bf16
+    "Cosine and sine of every angle, laid out for neighbouring dimensions; the second of a pair has a negative sine."
+    # fp32 until the end: bf16 cannot tell position 1,000 from 1,001
+    angles = torch.arange(length, dtype=torch.float32, device=frequencies.device)[:, None] * frequencies
+    cos, sin = angles.cos().repeat_interleave(2, dim=1), angles.sin().repeat_interleave(2, dim=1)
+    sin[:, 1::2] *= -1
+    return cos.bfloat16(), sin.bfloat16()
+
+
+# b batch rows, t tokens per row, h heads, k head dim
+def rotate(
+    x_bthk: Tensor,
+    cos_tk: Tensor,
+    sin_tk: Tensor,  # signed, from `rotary_table`
+) -> Tensor:  # (b, t, h, k)
+    "Turn each pair of neighbouring dimensions by its angle (Su et al. 2021, arXiv 2104.09864)."
+    swapped = x_bthk.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    t = x_bthk.shape[-3]
+    return cos_tk[:t, None].type_as(x_bthk) * x_bthk + sin_tk[:t, None].type_as(x_bthk) * swapped
+
+
+# ---- 11_qk_norm ----------------------------------------------------------------------------------
+
+# b batch rows, t tokens per row, h heads, k head dim
+def norm_queries_keys(
+    q_bthk: Tensor,
+    k_bthk: Tensor,
+) -> tuple[Tensor, Tensor]:  # (b, t, h, k) each, every vector of length sqrt(k)
+    "Queries and keys of one length: a score is then softmax_scale * k * cosine (Henry et al. 2020; record 5)."
+    return rms_norm(q_bthk), rms_norm(k_bthk)
+
+
+# ---- 12_relu2 ------------------------------------------------------------------------------------
+
+# b batch rows, t tokens per row, d model dim
+def relu2_mlp(
     x_btd: Tensor,
     up_w: Tensor,  # (4d, d)
-    down_w: Tensor,  # (4d, d): stored like `up_w`, so that one bank holds both
+    down_w: Tensor,  # (4d, d), stored like `up_w`
 ) -> Tensor:  # (b, t, d)
-    "Two matrices with a GELU between them, without biases."
-    return F.gelu(F.linear(x_btd, up_w), approximate="tanh") @ down_w
+    "Two matrices with a squared ReLU between them (So et al. 2021, arXiv 2109.08668; record 5)."
+    return F.relu(F.linear(x_btd, up_w)).square() @ down_w
+
+
+# ---- 13_init -------------------------------------------------------------------------------------
+
+def padded(
+    vocab_size: int,
+    multiple: int = 128,
+) -> int:
+    "The next multiple: matrix products run faster on round sizes (record 5)."
+    return -(-vocab_size // multiple) * multiple
+
+
+def uniform_weights(
+    *shape: int,  # (..., rows, columns)
+) -> Tensor:
+    "Uniform weights with standard deviation 0.5/sqrt(columns), from torch's global generator (record 64)."
+    return (2 * torch.rand(shape) - 1) * 0.5 * math.sqrt(3 / shape[-1])
+
+
+# ---- 14_logits -----------------------------------------------------------------------------------
+
+def softcap(
+    z: Tensor,  # (..., v) raw logits
+) -> Tensor:  # (..., v) in (0, 23)
+    "A shifted, scaled sigmoid: bounded, and most sensitive at z = -5 (record 54)."
+    return 23 * torch.sigmoid((z + 5) / 7.5)
 
 
 # ---- 20_muon -------------------------------------------------------------------------------------
 
-NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # a, b, c of the quintic a*x + b*x^3 + c*x^5 (Jordan et al. 2024)
+def nesterov(
+    buffer: Tensor,  # running mean of gradients, changed in place
+    grad: Tensor,  # like buffer
+    momentum: float,  # decay of the mean, 0..1
+) -> Tensor:  # like buffer: the mean one step ahead
+    "Momentum that looks ahead (Nesterov 1983)."
+    buffer.lerp_(grad, 1 - momentum)
+    return grad.lerp(buffer, momentum)
 
 
-def newton_schulz(
-    g: Tensor,  # (..., r, c): one matrix or a stack of them
-    steps: int = 5,  # iterations
-) -> Tensor:  # (..., r, c), singular values of each matrix near one (0.68..1.13)
-    "Replace each matrix by a nearly orthogonal one with the same singular vectors (Jordan et al. 2024)."
-    a, b, c = NS_COEFFICIENTS
+# ---- 21_polar ------------------------------------------------------------------------------------
+
+POLAR_COEFFICIENTS = (  # a, b, c of iteration 1..5; derived by `polar_coefficients`
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def polar_express(
+    u: Tensor,  # (n, r, c): a stack of matrices
+) -> Tensor:  # (n, r, c), singular values near one (0.86..1.14)
+    "Replace each matrix by a nearly orthogonal one with the same singular vectors (Amsel et al. 2025; record 38)."
     # bf16 is enough and fast on a GPU; on a CPU without bf16 instructions it would be slower than fp32
-    x = g.bfloat16() if g.is_cuda else g.float()
+    x = u.bfloat16() if u.is_cuda else u
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
     tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x  # the smaller side decides the size of the products
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # every singular value is now at most one
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if tall else x).to(g.dtype)
+    for a, b, c in POLAR_COEFFICIENTS:
+        gram = x.mT @ x if tall else x @ x.mT  # the smaller of the two
+        poly = b * gram + c * gram @ gram
+        x = a * x + (x @ poly if tall else poly @ x)
+    return x.to(u.dtype)
 
 
-class Muon(torch.optim.Optimizer):
-    "Momentum, orthogonalised: for matrices inside the network (records 3 and 4, @kellerjordan0, @jxbz, @bozavlado)."
+# ---- 22_normuon ----------------------------------------------------------------------------------
 
-    def __init__(
-        self,
-        params: list[Tensor],  # matrices (r, c) or stacks of matrices (n, r, c)
-        lr: float,  # spectral norm of the update of a square matrix
-        momentum: float,  # decay of the gradient sum, 0..1
-    ):
-        super().__init__(params, {"lr": lr, "momentum": momentum})
+def equalise(
+    update: Tensor,  # (n, r, c): orthogonalised matrices
+    state: dict[str, Tensor],  # holds second_moment (n, r, 1) or (n, 1, c); filled at the first call
+    beta2: float,  # decay of the second moment, 0..1
+) -> Tensor:  # (n, r, c), each matrix with the norm it had
+    "Divide each row (of a wide matrix: each column) by the running size of its updates (records 41 and 48)."
+    axis = -1 if update.shape[-2] >= update.shape[-1] else -2
+    mean_square = update.float().square().mean(axis, keepdim=True)
+    if "second_moment" not in state:
+        state["second_moment"] = torch.zeros_like(mean_square)
+    state["second_moment"].lerp_(mean_square, 1 - beta2)
+    scale = state["second_moment"].clamp_min(1e-10).rsqrt()
+    before = mean_square.sum((-2, -1), keepdim=True).sqrt()  # the norm, up to a factor that cancels
+    after = (mean_square * scale.square()).sum((-2, -1), keepdim=True).sqrt()
+    return update * (scale * before / after.clamp_min(1e-10)).to(update.dtype)
 
-    @torch.no_grad()
-    def step(self) -> None:
-        "Update every parameter that has a gradient."
-        for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
-                if not self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                buffer = self.state[p]["momentum_buffer"].mul_(group["momentum"]).add_(p.grad)
-                update = newton_schulz(p.grad + group["momentum"] * buffer)  # Nesterov: one step ahead
-                tall = max(1.0, p.shape[-2] / p.shape[-1]) ** 0.5  # tall matrices: same change per output
-                p.sub_(update, alpha=group["lr"] * tall)
+
+# ---- 23_cautious ---------------------------------------------------------------------------------
+
+def cautious_decay(
+    p: Tensor,
+    update: Tensor,  # like p; it will be subtracted
+    strict: bool,  # must the update really move the weight? Adam: yes, Muon: no
+) -> Tensor:  # like p: the weights that decay, zero elsewhere
+    "The weights that the update moves towards zero (Chen et al. 2025; records 43 and 50)."
+    product = update * p
+    return torch.where(product > 0 if strict else product >= 0, p, 0)
+
+
+# ---- 24_two_speeds -------------------------------------------------------------------------------
+
+def split_step(
+    steps: int,  # scheduled steps of the run
+) -> int:  # the last step that head and embedding take together; odd, because Adam steps on odd ones
+    "Two thirds of the run (record 53)."
+    return round(2 * steps / 3) | 1
+
+
+def transposed_state(
+    state: dict[str, Tensor],  # of the head, (d, v)
+) -> dict[str, Tensor]:  # of the embedding, (v, d)
+    "Adam's state of the head for the embedding that leaves it, so that it goes on as if nothing had happened."
+    return {key: value.T.clone() if value.dim() == 2 else value.clone() for key, value in state.items()}
 
 
 # ---- 90_recipe -----------------------------------------------------------------------------------
@@ -241,18 +361,20 @@ class Recipe:
     "The hyperparameters of this rung; choices between techniques are folded into the code."
 
     num_layers: int = 12  # transformer blocks
+    num_heads: int = 12  # attention heads; the head dimension is model_dim / num_heads
+    rotary_base: float = 1024.0  # the slowest rotary pair turns 1/rotary_base radians per token
+    softmax_scale: float = 0.12  # factor on the scores of normed queries and keys
     seq_len: int = 1024  # tokens per row
     batch_rows: int = 512  # rows per optimizer step over all processes
     steps: int = 19_560  # optimizer steps
     warmup_frac: float = 700 / 19_560  # share of steps with a rising learning rate
     cooldown_frac: float = 0.0  # share of steps with a falling learning rate (trapezoid only)
     adam_lr: float = 6e-4  # peak learning rate of AdamW
-    adam_beta1: float = 0.9  # AdamW's first-moment decay
-    adam_beta2: float = 0.95  # AdamW's second-moment decay
-    weight_decay: float = 0.1  # AdamW's decoupled decay, matrices only
-    grad_clip: float = 1.0  # largest global gradient norm; 0 = no clipping
     muon_lr: float = 0.02  # learning rate of Muon
     muon_momentum: float = 0.95  # momentum of Muon (Nesterov)
+    normuon_beta2: float = 0.9  # decay of NorMuon's second moment
+    adam_decay: float = 0.005  # base of the cautious decay of tables and scalars
+    muon_decay: float = 1.2  # base of the cautious decay of matrices
 
 
 @dataclass(frozen=True)
@@ -261,7 +383,6 @@ class Size:
 
     name: str
     model_dim: int  # d, width of the residual stream
-    num_heads: int  # h, attention heads; the head dimension is model_dim / num_heads
     tokenizer: Literal["bytes", "gpt2"]
     vocab_size: int  # v
     data: str  # folder under $DATA_PATH/data with the shards
@@ -269,41 +390,58 @@ class Size:
 
 
 SIZES = {size.name: size for size in (
-    Size("nano", 128, 4, "bytes", 257, "demo_bytes", 30_720),
-    Size("mini", 384, 6, "gpt2", 50_257, "fineweb10B", 10_485_760),
-    Size("full", 768, 12, "gpt2", 50_257, "fineweb10B", 10_485_760),
+    Size("nano", 128, "bytes", 257, "demo_bytes", 30_720),
+    Size("mini", 384, "gpt2", 50_257, "fineweb10B", 10_485_760),
+    Size("full", 768, "gpt2", 50_257, "fineweb10B", 10_485_760),
 )}
 
 
 # ---- 91_gpt --------------------------------------------------------------------------------------
 
-# b batch rows, t tokens per row, d model dim, l layers, v vocab
+# b batch rows, t tokens per row, d model dim, h heads, k head dim, l layers, v vocab
 class GPT(nn.Module):
     "The network of every rung after the baseline; its forward is the table of contents of the course."
 
     def __init__(self, recipe: Recipe, size: Size):
         super().__init__()
+        self.recipe = recipe
         d, layers = size.model_dim, recipe.num_layers
-        self.num_heads = size.num_heads
-        self.embed = nn.Parameter(torch.randn(size.vocab_size, d) * 0.02)
-        self.position = nn.Parameter(torch.randn(recipe.seq_len, d) * 0.02)
-        # banks: the matrices of all layers stacked by shape, so that the optimizer handles each shape in one call
-        self.qk_bank = nn.Parameter(torch.randn(2 * layers, d, d) * 0.02)
-        self.vo_bank = nn.Parameter(torch.randn(2 * layers, d, d) * 0.02)
-        self.mlp_bank = nn.Parameter(torch.randn(2 * layers, 4 * d, d) * 0.02)
-        with torch.no_grad():  # projections into the stream start smaller, as in GPT-2
-            self.vo_bank[1::2] /= math.sqrt(2 * layers)
-            self.mlp_bank[1::2] /= math.sqrt(2 * layers)
+        vocab_size = padded(size.vocab_size)
+        self.lm_head = nn.Parameter(torch.randn(d, vocab_size) * 0.005)
+        self.embed = nn.Parameter(self.lm_head.detach().T.contiguous())
+        frequencies = rotary_frequencies(d // recipe.num_heads, recipe.rotary_base)
+        cos_tk, sin_tk = rotary_table(frequencies, recipe.seq_len)
+        self.register_buffer("rotary_cos", cos_tk, persistent=False)
+        self.register_buffer("rotary_sin", sin_tk, persistent=False)
+        self.make_banks(layers, d)
+
+    def make_banks(self, layers: int, d: int) -> None:
+        "The matrices of all layers stacked by shape, so that the optimizer handles each shape in one call."
+        shapes = (2 * layers, d, d), (2 * layers, d, d), (2 * layers, 4 * d, d)
+        qk, vo, mlp = (uniform_weights(*shape) for shape in shapes)
+        mlp[1::2] = 0
+        self.qk_bank, self.vo_bank, self.mlp_bank = nn.Parameter(qk), nn.Parameter(vo), nn.Parameter(mlp)
+
+    def attention(self, x_btd: Tensor, q_w: Tensor, k_w: Tensor, v_w: Tensor, o_w: Tensor) -> Tensor:
+        "What one layer's attention adds to the stream, (b, t, d); the matrices are (d, d)."
+        q, k, v = (split_heads(x_btd, w, self.recipe.num_heads) for w in (q_w, k_w, v_w))
+        q, k = norm_queries_keys(q, k)
+        q, k = rotate(q, self.rotary_cos, self.rotary_sin), rotate(k, self.rotary_cos, self.rotary_sin)
+        y = causal_attention(q, k, v, self.recipe.softmax_scale)
+        return F.linear(y.flatten(2), o_w)
 
     def logits(self, inputs_bt: Tensor) -> Tensor:
         "Scores of every next token, (b, t, v)."
-        x_btd = self.embed[inputs_bt] + self.position[: inputs_bt.shape[1]]
+        x_btd = self.embed[inputs_bt]
+        x_btd = rms_norm(x_btd)
         qk, vo, mlp = self.qk_bank.unbind(), self.vo_bank.unbind(), self.mlp_bank.unbind()
-        for q_w, k_w, v_w, o_w, up_w, down_w in zip(
-                qk[::2], qk[1::2], vo[::2], vo[1::2], mlp[::2], mlp[1::2], strict=True):
-            x_btd = x_btd + lean_attention(rms_norm(x_btd), q_w, k_w, v_w, o_w, self.num_heads)
-            x_btd = x_btd + lean_mlp(rms_norm(x_btd), up_w, down_w)
-        return F.linear(rms_norm(x_btd), self.embed)
+        for i in range(self.recipe.num_layers):
+            q_w, k_w, v_w, o_w, up_w, down_w = *qk[2 * i : 2 * i + 2], *vo[2 * i : 2 * i + 2], *mlp[2 * i : 2 * i + 2]
+            x_btd = x_btd + self.attention(rms_norm(x_btd), q_w, k_w, v_w, o_w)
+            x_btd = x_btd + relu2_mlp(rms_norm(x_btd), up_w, down_w)
+        x_btd = rms_norm(x_btd)
+        z_btv = x_btd @ self.lm_head
+        return softcap(z_btv)
 
     def forward(self, inputs_bt: Tensor, targets_bt: Tensor) -> Tensor:
         "Mean cross-entropy of the next token in nats, a scalar."
@@ -315,7 +453,117 @@ def build_model(recipe: Recipe, size: Size) -> nn.Module:
     return GPT(recipe, size)
 
 
-# ---- 92_train ------------------------------------------------------------------------------------
+# ---- 92_optimizer --------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Rule:
+    "How one parameter is trained."
+
+    rule: Literal["adam", "muon"]
+    lr: float = 1.0  # factor on the base learning rate of the rule
+    decay: float = 0.0  # factor on the base weight decay of the rule
+    betas: tuple[float, float] = (0.9, 0.95)  # Adam only
+    lr_odd: float = 1.0  # Muon only: factor on every second matrix of the bank
+
+
+def parameter_rules() -> dict[str, Rule]:  # parameter name -> rule
+    "The table of a recipe (record 82's factors)."
+    betas = (0.5, 0.95)
+    rules = {
+        "lm_head": Rule("adam", decay=150, betas=betas),
+        "embed": Rule("adam", decay=150, betas=betas),
+        "qk_bank": Rule("muon", decay=1),
+        "vo_bank": Rule("muon", decay=1),
+        "mlp_bank": Rule("muon", decay=1, lr_odd=2),
+    }
+    return rules
+
+
+def adam_update(
+    grad: Tensor,
+    state: dict[str, Tensor],  # exp_avg, exp_avg_sq, step; filled at the first call
+    lr: float,
+    betas: tuple[float, float],
+) -> Tensor:  # what to subtract, fp32
+    "Adam without decay (Kingma and Ba 2014, arXiv 1412.6980), epsilon 1e-10 outside of the bias correction."
+    if not state:
+        state |= {"exp_avg": torch.zeros_like(grad, dtype=torch.float32),
+                  "exp_avg_sq": torch.zeros_like(grad, dtype=torch.float32), "step": torch.zeros(())}
+    grad = grad.float()
+    state["step"] += 1
+    state["exp_avg"].lerp_(grad, 1 - betas[0])
+    state["exp_avg_sq"].lerp_(grad.square(), 1 - betas[1])
+    t = state["step"].item()
+    step_size = lr * math.sqrt(1 - betas[1] ** t) / (1 - betas[0] ** t)
+    return state["exp_avg"] / (state["exp_avg_sq"].sqrt() + 1e-10) * step_size
+
+
+class Optimizer(torch.optim.Optimizer):
+    "Adam for tables and scalars, Muon for banks; one parameter group per parameter, as the table says."
+
+    def __init__(self, recipe: Recipe, model: nn.Module):
+        self.recipe, self.params = recipe, dict(model.named_parameters())
+        self.head_dim = model.embed.shape[1] // recipe.num_heads
+        rules, base = parameter_rules(), {"adam": recipe.adam_lr, "muon": recipe.muon_lr}
+        groups = [vars(rules[name]) | {"params": [p], "name": name, "lr": base[rules[name].rule] * rules[name].lr,
+                                       "momentum": recipe.muon_momentum} for name, p in self.params.items()]
+        super().__init__(groups, {})
+        self.step_number = 1  # set by the training loop before every step
+
+    def due(self) -> list[dict]:
+        "The groups that the next step updates; their gradients must be complete."
+        if self.step_number % 2 == 0:
+            return [group for group in self.param_groups if group["rule"] == "muon"]
+        return self.param_groups
+
+    @torch.no_grad()
+    def step(self) -> None:
+        "Update the parameters that are due, and drop their gradients."
+        head, embed, split = self.params["lm_head"], self.params["embed"], split_step(self.recipe.steps)
+        tied = self.step_number % 2 == 1 and self.step_number <= split
+        if tied:
+            head.grad += embed.grad.T
+            embed.grad = None
+        for group in self.due():
+            p = group["params"][0]
+            if p.grad is None:
+                continue
+            if group["rule"] == "muon":
+                self.muon(p, group)
+            else:
+                self.adam(p, group)
+            p.grad = None
+        if tied:
+            embed.copy_(head.T)
+            if self.step_number == split:
+                self.state[embed] = transposed_state(self.state[head])
+
+    def adam(self, p: Tensor, group: dict) -> None:
+        "Adam's rule."
+        update = adam_update(p.grad, self.state[p], group["lr"], group["betas"])
+        strength = group["lr"] ** 2 * self.recipe.adam_decay * group["decay"]
+        update += cautious_decay(p.float(), update, strict=True) * strength
+        p.copy_(p.float() - update)
+
+    def muon(self, p: Tensor, group: dict) -> None:
+        "Muon's rule, for all matrices of a bank at once."
+        state = self.state[p]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(p, dtype=torch.float32)
+        update = nesterov(state["momentum_buffer"], p.grad.float(), group["momentum"])
+        if group["name"] == "qk_bank":
+            update = update.view(-1, 2 * self.head_dim, p.shape[-1])
+        update = polar_express(update)
+        update = equalise(update, state, self.recipe.normuon_beta2)
+        update = update.view_as(p)
+        lr = torch.full((len(p), 1, 1), group["lr"] * math.sqrt(max(1, p.shape[-2] / p.shape[-1])), device=p.device)
+        lr[1::2] *= group["lr_odd"]
+        decay = self.recipe.muon_decay * group["lr"] * group["decay"]
+        p.sub_(cautious_decay(p, update, strict=False) * (decay * lr))
+        p.sub_(update * lr)
+
+
+# ---- 93_train ------------------------------------------------------------------------------------
 
 class RunError(RuntimeError):
     "A run that cannot start or go on; the message says why and what to do."
@@ -433,14 +681,9 @@ class RunLog:
         self.record(step=step, val_loss=val_loss, train_time_ms=train_time_ms, tokens=tokens)
 
 
-def build_optimizers(recipe: Recipe, model: nn.Module) -> list[torch.optim.Optimizer]:
-    "AdamW for everything, or Muon for the matrices inside the blocks and AdamW for the tables."
-    betas = (recipe.adam_beta1, recipe.adam_beta2)
-    tables, banks = [model.embed, model.position], [model.qk_bank, model.vo_bank, model.mlp_bank]
-    return [
-        torch.optim.AdamW(tables, lr=recipe.adam_lr, betas=betas, weight_decay=recipe.weight_decay, fused=True),
-        Muon(banks, lr=recipe.muon_lr, momentum=recipe.muon_momentum),
-    ]
+def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    "PyTorch's AdamW, or from the rung `muon` on the optimizer that grows."
+    return Optimizer(recipe, model)
 
 
 def lr_factor(recipe: Recipe, step: int) -> float:
@@ -452,14 +695,15 @@ def lr_factor(recipe: Recipe, step: int) -> float:
 def save_checkpoint(
     path: Path,
     model: nn.Module,
-    optimizers: list[torch.optim.Optimizer],
+    optimizer: torch.optim.Optimizer,
     meta: dict[str, Any],  # JSON-serialisable: step, loader position, recipe, size
 ) -> None:
     "Write weights, optimizer state and position atomically."
     tensors = {f"model.{name}": p.detach() for name, p in model.state_dict().items()}
-    for i, optimizer in enumerate(optimizers):
-        for j, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-            tensors |= {f"optimizer.{i}.{j}.{key}": value for key, value in optimizer.state[p].items()}
+    for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        tensors |= {f"optimizer.{i}.{key}": value for key, value in optimizer.state[p].items()}
+        if p.grad is not None:  # waits for the next step
+            tensors[f"gradient.{i}"] = p.grad
     partial = path.with_suffix(".partial")
     save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata={"run": json.dumps(meta)})
     with partial.open("rb") as file:
@@ -483,7 +727,7 @@ def read_checkpoint(
 def load_checkpoint(
     path: Path,
     model: nn.Module,
-    optimizers: list[torch.optim.Optimizer],
+    optimizer: torch.optim.Optimizer,
     expected: dict[str, Any],  # metadata that must agree, e.g. the recipe
 ) -> dict[str, Any]:  # the metadata
     "Put a checkpoint's weights and optimizer state in place; raises `RunError` when it belongs to another run."
@@ -492,12 +736,13 @@ def load_checkpoint(
         if meta[key] != value:
             raise RunError(f"{path} was made with another {key}: {meta[key]}; resume with the same one")
     model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
-    for i, optimizer in enumerate(optimizers):
-        for j, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-            prefix = f"optimizer.{i}.{j}."
-            state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            # AdamW's step counter stays where the optimizer put it: on the parameter's device when fused
-            optimizer.state[p] = {k: v.to(p.device) for k, v in state.items()}
+    for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        prefix = f"optimizer.{i}."
+        state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        # AdamW's step counter stays where the optimizer put it: on the parameter's device when fused
+        optimizer.state[p] = {k: v.to(p.device) for k, v in state.items()}
+        if f"gradient.{i}" in tensors:
+            p.grad = tensors[f"gradient.{i}"].to(p.device)
     return meta
 
 
@@ -546,9 +791,8 @@ class Stopwatch:
 
 def train_step(
     model: nn.Module,
-    optimizers: list[torch.optim.Optimizer],
+    optimizer: torch.optim.Optimizer,
     batches: list[tuple[Tensor, Tensor]],  # this process's parts
-    grad_clip: float,  # largest gradient norm, 0 = none
     world: World,
 ) -> Tensor:  # mean loss of this process's parts, a scalar on the device
     "Accumulate gradients over the parts, average them over the processes, update."
@@ -559,13 +803,9 @@ def train_step(
             loss = model(inputs, targets) / len(batches)
         loss.backward()
         total += loss.detach()
-    for p in model.parameters():
-        world.average(p.grad)
-    if grad_clip:
-        nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-    for optimizer in optimizers:
-        optimizer.step()
-    model.zero_grad(set_to_none=True)
+    for group in optimizer.due():
+        world.average(group["params"][0].grad)
+    optimizer.step()
     return total
 
 
@@ -591,20 +831,18 @@ def validate(
 
 def warm_up(
     model: nn.Module,
-    optimizers: list[torch.optim.Optimizer],
+    optimizer: torch.optim.Optimizer,
     batches: list[tuple[Tensor, Tensor]],  # first parts of the run
-    grad_clip: float,
     world: World,
 ) -> None:
     "Compile and run everything once, then restore weights and optimizer state."
     before = [p.detach().clone() for p in model.parameters()]
-    train_step(model, optimizers, batches, grad_clip, world)
+    train_step(model, optimizer, batches, world)
     with torch.no_grad():
         model(*(x.to(world.device) for x in batches[0]))
         for p, old in zip(model.parameters(), before, strict=True):
             p.copy_(old)
-    for optimizer in optimizers:
-        optimizer.state.clear()
+    optimizer.state.clear()
 
 
 def train(
@@ -620,17 +858,17 @@ def train(
     torch.manual_seed(run.seed)
     bare_model = build_model(recipe, size).to(world.device)
     model = torch.compile(bare_model) if run.compile else bare_model
-    optimizers = build_optimizers(recipe, bare_model)
+    optimizer = build_optimizer(recipe, bare_model)
     if run.compile:
         log.text("compiling the model and warming up kernels", console=True)
         position = loader.state()
-        warm_up(model, optimizers, loader.next_step(world.parts), recipe.grad_clip, world)
+        warm_up(model, optimizer, loader.next_step(world.parts), world)
         loader.open(**position)
 
     identity = {"recipe": dataclasses.asdict(recipe), "size": size.name, "seed": run.seed}
     start, watch = 0, Stopwatch(world.device)
     if run.resume:
-        meta = load_checkpoint(run.run_dir / "checkpoint.safetensors", bare_model, optimizers, identity)
+        meta = load_checkpoint(run.run_dir / "checkpoint.safetensors", bare_model, optimizer, identity)
         loader.open(**meta["loader"])
         start, watch = meta["step"], Stopwatch(world.device, meta["train_time_ms"])
     log.record(start=start, world_size=world.size, device=str(world.device), torch=torch.__version__, **identity)
@@ -638,7 +876,7 @@ def train(
     def save(step: int) -> None:
         if world.rank == 0:
             meta = identity | {"step": step, "loader": loader.state(), "train_time_ms": watch.before}
-            save_checkpoint(run.run_dir / "checkpoint.safetensors", bare_model, optimizers, meta)
+            save_checkpoint(run.run_dir / "checkpoint.safetensors", bare_model, optimizer, meta)
 
     step_tokens = recipe.batch_rows * recipe.seq_len
     with stop_signals() as caught:
@@ -656,10 +894,10 @@ def train(
                 return val_loss
 
             factor = lr_factor(recipe, step)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
-            loss = train_step(model, optimizers, loader.next_step(world.parts), recipe.grad_clip, world)
+            for group in optimizer.param_groups:
+                group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+            optimizer.step_number = step
+            loss = train_step(model, optimizer, loader.next_step(world.parts), world)
 
             done = step + 1
             if done % run.log_every == 0 or done == recipe.steps:
@@ -721,48 +959,54 @@ def main(recipes: dict[str, Recipe], sizes: dict[str, Size]) -> None:
 RECIPES = {
     "nano": Recipe(
         num_layers=11,
+        num_heads=4,
+        rotary_base=1024.0,
+        softmax_scale=0.48,
         seq_len=256,
         batch_rows=8,
         steps=120,
         warmup_frac=0.0,
         cooldown_frac=0.4,
         adam_lr=0.004,
-        adam_beta1=0.9,
-        adam_beta2=0.95,
-        weight_decay=0.0,
-        grad_clip=0.0,
-        muon_lr=0.02,
+        muon_lr=0.023,
         muon_momentum=0.95,
+        normuon_beta2=0.9,
+        adam_decay=0.005,
+        muon_decay=1.2,
     ),
     "mini": Recipe(
         num_layers=11,
+        num_heads=6,
+        rotary_base=1024.0,
+        softmax_scale=0.24,
         seq_len=512,
         batch_rows=64,
         steps=3000,
         warmup_frac=0.0,
         cooldown_frac=0.4,
-        adam_lr=0.0036,
-        adam_beta1=0.9,
-        adam_beta2=0.95,
-        weight_decay=0.0,
-        grad_clip=0.0,
-        muon_lr=0.02,
+        adam_lr=0.008,
+        muon_lr=0.023,
         muon_momentum=0.95,
+        normuon_beta2=0.9,
+        adam_decay=0.005,
+        muon_decay=1.2,
     ),
     "full": Recipe(
         num_layers=11,
+        num_heads=6,
+        rotary_base=1024.0,
+        softmax_scale=0.12,
         seq_len=1024,
         batch_rows=512,
-        steps=6200,
+        steps=5100,
         warmup_frac=0.0,
-        cooldown_frac=0.2903225806451613,
-        adam_lr=0.0036,
-        adam_beta1=0.9,
-        adam_beta2=0.95,
-        weight_decay=0.0,
-        grad_clip=0.0,
-        muon_lr=0.02,
+        cooldown_frac=0.28431372549019607,
+        adam_lr=0.008,
+        muon_lr=0.023,
         muon_momentum=0.95,
+        normuon_beta2=0.9,
+        adam_decay=0.005,
+        muon_decay=1.2,
     ),
 }
 
