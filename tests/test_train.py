@@ -253,7 +253,7 @@ def test_every_command_has_help_with_an_example():
 
 
 @pytest.mark.parametrize("args, expected", [
-    (["ladder", "--size", "nano"], "adam_lr=0.004"),
+    (["ladder", "--size", "nano"], "adam_lr=0.016"),
     (["doctor"], "GPT-2 tokenizer"),
     (["diff", "softcap", "muon"], "+class Optimizer"),
     (["data", "get", "demo"], "demo_gpt2"),
