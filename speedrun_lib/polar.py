@@ -49,7 +49,7 @@ def polar_coefficients(
     return coefficients
 
 # %% ../nbs/21_polar.ipynb #3999d1bf
-POLAR_COEFFICIENTS = (  # a, b, c of iteration 1..5; derived by `polar_coefficients`
+POLAR_COEFFICIENTS = (  # a, b, c of iteration 1..5; chapter 21 derives them
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
     (3.8916678022926607, -2.772484153217685, 0.5060648178503393),

@@ -20,14 +20,6 @@ EVERY = pytest.mark.parametrize("rung", [rung.name for rung in LADDER])
 CPU = World(0, 1, torch.device("cpu"))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # several test runs may share two cores
-    yield
-    torch.set_num_threads(before)
-
-
 def nano(rung, seed=0, layers=3, vocab_size=257):
     "A network of size nano, shallow unless asked otherwise."
     torch.manual_seed(seed)

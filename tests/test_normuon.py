@@ -17,14 +17,6 @@ from speedrun_lib.recipe import SIZES, recipe_for
 SHAPES = pytest.mark.parametrize("shape", [(3, 12, 4), (3, 4, 12), (3, 6, 6)], ids=["tall", "wide", "square"])
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # several test runs may share two cores
-    yield
-    torch.set_num_threads(before)
-
-
 def spec_matrix(r, c):
     "The matrix of the specification's oracles, (1, r, c)."
     i, j = torch.arange(r)[:, None].double(), torch.arange(c)[None].double()

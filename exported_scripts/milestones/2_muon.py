@@ -283,7 +283,7 @@ def nesterov(
 
 # ---- 21_polar ------------------------------------------------------------------------------------
 
-POLAR_COEFFICIENTS = (  # a, b, c of iteration 1..5; derived by `polar_coefficients`
+POLAR_COEFFICIENTS = (  # a, b, c of iteration 1..5; chapter 21 derives them
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
     (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
@@ -351,7 +351,7 @@ def transposed_state(
     state: dict[str, Tensor],  # of the head, (d, v)
 ) -> dict[str, Tensor]:  # of the embedding, (v, d)
     "Adam's state of the head for the embedding that leaves it, so that it goes on as if nothing had happened."
-    return {key: value.T.clone() if value.dim() == 2 else value.clone() for key, value in state.items()}
+    return {key: value.T.contiguous() if value.dim() == 2 else value.clone() for key, value in state.items()}
 
 
 # ---- 90_recipe -----------------------------------------------------------------------------------
@@ -968,7 +968,7 @@ RECIPES = {
         warmup_frac=0.0,
         cooldown_frac=0.4,
         adam_lr=0.016,
-        muon_lr=0.023,
+        muon_lr=0.02,
         muon_momentum=0.95,
         normuon_beta2=0.9,
         adam_decay=0.005,
