@@ -6,7 +6,6 @@
 __all__ = ['NS_COEFFICIENTS', 'newton_schulz', 'nesterov']
 
 # %% ../nbs/20_muon.ipynb #fffa6b77
-import torch
 from torch import Tensor
 
 # %% ../nbs/20_muon.ipynb #892244fe
