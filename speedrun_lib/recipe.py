@@ -118,7 +118,7 @@ LADDER = (
              "mini": {"steps": 3000, "cooldown_frac": 0.4}}),
     Rung("polar", "21_polar", ("38",), "five minimax polynomials orthogonalise", changes={"polar": True}),
     Rung("normuon", "22_normuon", ("41", "42", "48"), "neurons share an orthogonal update evenly",
-         changes={"normuon": True, "muon_lr": 0.023}, at={"nano": {"muon_lr": 0.02}}),
+         changes={"normuon": True, "muon_lr": 0.023}),
     Rung("head_pairs", "22_normuon", ("80",), "queries and keys are orthogonalised for two heads at a time",
          changes={"head_pairs": True}),
     Rung("cautious", "23_cautious", ("43", "50"), "weights decay only where the update moves them towards zero",
