@@ -57,7 +57,7 @@ def test_range_order_and_slope(z):
     capped = softcap(x)
     assert (capped >= 0).all() and (capped <= 23).all()
     order = x.argsort()
-    assert (capped[order].diff() >= 0).all(), "the ranking of tokens is that of the raw logits"
+    assert (capped[order].diff() >= -1e-12).all(), "the ranking of tokens is that of the raw logits"
     capped.sum().backward()
     torch.testing.assert_close(x.grad, capped.detach() * (1 - capped.detach() / 23) / 7.5, atol=1e-12, rtol=1e-9)
     assert (x.grad <= 23 / 30 + 1e-12).all(), "never steeper than at -5"

@@ -351,7 +351,7 @@ def transposed_state(
     state: dict[str, Tensor],  # of the head, (d, v)
 ) -> dict[str, Tensor]:  # of the embedding, (v, d)
     "Adam's state of the head for the embedding that leaves it, so that it goes on as if nothing had happened."
-    return {key: value.T.contiguous() if value.dim() == 2 else value.clone() for key, value in state.items()}
+    return {key: value.T.clone() if value.dim() == 2 else value.clone() for key, value in state.items()}
 
 
 # ---- 90_recipe -----------------------------------------------------------------------------------
