@@ -121,7 +121,7 @@ def demo(
                   "checkpoint.safetensors.")
     console.print("Try next:\n"
                   f"  speedrun sample {out}/muon --prompt 'ROMEO.'     let the model continue a text\n"
-                  "  speedrun diff softcap muon                the lines that make the difference\n"
+                  "  speedrun diff softcap muon               the lines that make the difference\n"
                   "  jupyter lab nbs/index.ipynb              read the course")
 
 # %% ../nbs/96_cli.ipynb #6708a396

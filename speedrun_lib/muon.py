@@ -15,7 +15,7 @@ NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # a, b, c of the quintic a*x + b*x^
 def newton_schulz(
     g: Tensor,  # (..., r, c): one matrix or a stack of them
     steps: int = 5,  # iterations
-) -> Tensor:  # (..., r, c), singular values of each matrix near one (0.68..1.13)
+) -> Tensor:  # (..., r, c); singular values from 0.02 of the norm on end in 0.68..1.13
     "Replace each matrix by a nearly orthogonal one with the same singular vectors (Jordan et al. 2024)."
     a, b, c = NS_COEFFICIENTS
     # bf16 is enough and fast on a GPU; on a CPU without bf16 instructions it would be slower than fp32
@@ -34,6 +34,6 @@ def nesterov(
     grad: Tensor,  # like buffer
     momentum: float,  # decay of the mean, 0..1
 ) -> Tensor:  # like buffer: the mean one step ahead
-    "Momentum that looks ahead (Nesterov 1983)."
+    "Momentum that looks one step ahead (Nesterov's form)."
     buffer.lerp_(grad, 1 - momentum)
     return grad.lerp(buffer, momentum)

@@ -1,6 +1,7 @@
 """The static site: pages, navigation, links, what the build refuses, and a browser without a network."""
 
 import contextlib
+import html
 import json
 import os
 import re
@@ -164,13 +165,20 @@ def test_search_knows_a_word_of_chapter_01(site):
     assert "01_data" in [index["docnames"][doc] for doc in docs]
 
 
+def outputs_of(path: Path) -> str:
+    "What the cells of a notebook show; a diff there may hold a line that is hidden elsewhere."
+    outputs = [o for c in nbformat.read(path, 4).cells for o in c.get("outputs", [])]
+    texts = [text for o in outputs for text in (o.get("text"), *o.get("data", {}).values()) if isinstance(text, str)]
+    return html.unescape("\n".join(texts))
+
+
 def test_directives_hidden_cells_and_subtitles_are_filtered(site, pages):
     for path in NOTEBOOKS:
         text = "".join(pages[path.stem].text)
         sources = cells_of(path, "code")
         assert not re.search(r"^#\s*\|", text, re.M), f"{path.stem} shows a directive"
         hidden = [s for s in sources if re.match(r"#\s*\|\s*hide\b", s)]
-        kept = "\n".join(s for s in sources if s not in hidden)
+        kept = "\n".join([*(s for s in sources if s not in hidden), outputs_of(path)])
         for line in "\n".join(hidden).splitlines():
             if len(line) > 30 and line not in kept and not line.startswith("#|"):
                 assert line not in text, f"{path.stem} shows the hidden line {line!r}"

@@ -276,7 +276,7 @@ def nesterov(
     grad: Tensor,  # like buffer
     momentum: float,  # decay of the mean, 0..1
 ) -> Tensor:  # like buffer: the mean one step ahead
-    "Momentum that looks ahead (Nesterov 1983)."
+    "Momentum that looks one step ahead (Nesterov's form)."
     buffer.lerp_(grad, 1 - momentum)
     return grad.lerp(buffer, momentum)
 
