@@ -49,7 +49,7 @@ def test_scripts_stand_alone_and_are_clean(rung, tmp_path):
     path = tmp_path / "script.py"
     path.write_text(source)
     compile(source, str(path), "exec")
-    command = ["ruff", "check", "--config", str(ROOT / ".ruff.toml"), str(path)]
+    command = [sys.executable, "-m", "ruff", "check", "--config", str(ROOT / ".ruff.toml"), str(path)]
     ruff = subprocess.run(command, capture_output=True, text=True)
     assert ruff.returncode == 0, ruff.stdout
     assert "speedrun_lib" not in source and "# %%" not in source and "recipe_for" not in source
