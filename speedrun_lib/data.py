@@ -204,7 +204,7 @@ class TokenLoader:
         aligned: bool,  # rows start at document starts (record 26) instead of anywhere
     ):
         self.files, self.rows, self.row_len = files, rows, row_len
-        self.bos, self.aligned = bos, aligned
+        self.bos, self.aligned, self.max_len = bos, aligned, row_len
         if rows % PARTS:
             raise ValueError(f"{rows} rows per step cannot be dealt to {PARTS} parts; use a multiple of {PARTS}")
         self.open(shard=0, cursor=0)
@@ -225,7 +225,7 @@ class TokenLoader:
         length, cursor, rows = self.row_len + 1, self.cursor, []
         for _ in range(self.rows):
             if self.aligned:
-                row, cursor = pack_row(self.starts, len(self.tokens), cursor, length, max_len=self.row_len)
+                row, cursor = pack_row(self.starts, len(self.tokens), cursor, length, self.max_len)
             elif cursor + length > len(self.tokens):
                 raise OutOfDocumentsError
             else:
@@ -234,10 +234,16 @@ class TokenLoader:
         self.cursor = cursor
         return rows
 
+    def batch(self, rows: list[list[tuple[int, int]]]) -> tuple[Tensor, ...]:
+        "Inputs and targets of one part, int64 (rows, row_len)."
+        block = [np.concatenate([self.tokens[start:end] for start, end in row]) for row in rows]
+        block_bt = torch.from_numpy(np.stack(block).astype(np.int64))
+        return block_bt[:, :-1].contiguous(), block_bt[:, 1:].contiguous()
+
     def next_step(
         self,
         parts: list[int],  # which of the eight parts to return
-    ) -> list[tuple[Tensor, Tensor]]:  # per part: inputs and targets, int64 (rows / 8, row_len)
+    ) -> list[tuple[Tensor, ...]]:  # per part what `batch` returns
         "The next batch; a shard that cannot fill it is left for the next one, the first one after the last."
         for _ in range(len(self.files) + 1):
             try:
@@ -248,9 +254,5 @@ class TokenLoader:
         else:
             raise DataError(f"no shard of {self.files[0].parent} holds one batch of {self.rows} rows of "
                             f"{self.row_len} tokens; use a smaller batch or more data")
-        size, batches = self.rows // PARTS, []
-        for part in parts:
-            block = [np.concatenate([self.tokens[s:e] for s, e in row]) for row in rows[part * size:(part + 1) * size]]
-            block_bt = torch.from_numpy(np.stack(block).astype(np.int64))
-            batches.append((block_bt[:, :-1].contiguous(), block_bt[:, 1:].contiguous()))
-        return batches
+        size = self.rows // PARTS
+        return [self.batch(rows[part * size:(part + 1) * size]) for part in parts]

@@ -13,13 +13,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .baseline import GPT2
+from .bigram import bigram_rows
+from .documents import varlen_attention
 from .init import padded, uniform_weights
 from .lean import causal_attention, lean_mlp, rms_norm, split_heads
 from .logits import softcap
+from .mtp import mtp_losses, mtp_weights
+from .mudd import MUDD_DIM, MUDD_OUTPUTS, initial_mudd_bias, last_layer_inputs, mudd_coefficients
+from .offset_pairs import PAIRED_LAYERS, in_pairs, offset_keys, rotate_pairs
 from .qk_norm import norm_queries_keys
 from .recipe import Recipe, Size
 from .relu2 import relu2_mlp
 from .rotary import rotary_frequencies, rotary_table, rotate
+from .smear import gated_heads, smear
+from .streams import GATE_DIMS, LATE_FROM, SKIP_FROM, SKIP_TO, initial_scalars, skip_strength
+from .value_embeds import VALUE_LAYERS, gated_values, value_rows
+from .windows import LONG_LAYERS, stage_windows, yarn
+from .xsa import XSA_LAYERS, exclude_self
 
 # %% ../nbs/91_gpt.ipynb #2d734970
 # b batch rows, t tokens per row, d model dim, h heads, k head dim, l layers, v vocab
@@ -39,15 +49,33 @@ class GPT(nn.Module):
         if recipe.positions == "learned":
             self.position = nn.Parameter(torch.randn(recipe.seq_len, d) * 0.02)
         else:
-            frequencies = rotary_frequencies(d // recipe.num_heads, recipe.rotary_base)
-            cos_tk, sin_tk = rotary_table(frequencies, recipe.seq_len)
+            self.frequencies = rotary_frequencies(d // recipe.num_heads, recipe.rotary_base)
+            positions = recipe.seq_len
+            if recipe.documents:
+                positions = max(recipe.seq_len, recipe.val_len)
+            if recipe.paired_heads:
+                positions *= 2
+            cos_tk, sin_tk = rotary_table(self.frequencies, positions)
             self.register_buffer("rotary_cos", cos_tk, persistent=False)
             self.register_buffer("rotary_sin", sin_tk, persistent=False)
         self.make_banks(layers, d)
+        self.make_streams(layers, d, vocab_size)
+        if recipe.documents:
+            # run-time values in CPU scalars: a compiled network reads them, and does not compile again when they change
+            self.softmax_scale = torch.tensor(recipe.softmax_scale)
+        if recipe.windows:
+            self.short, self.long = torch.zeros((), dtype=torch.int32), torch.zeros((), dtype=torch.int32)
+        if recipe.mtp:
+            self.at_step(0)
+        if recipe.bf16_weights:
+            for name, p in self.named_parameters():
+                if name not in ("scalars", "resid_lambdas", "post_lambdas", "x0_lambdas", "bigram_lambdas", "xsa_alphas"):
+                    p.data = p.data.bfloat16()
 
     def make_banks(self, layers: int, d: int) -> None:
         "The matrices of all layers stacked by shape, so that the optimizer handles each shape in one call."
-        shapes = (2 * layers, d, d), (2 * layers, d, d), (2 * layers, 4 * d, d)
+        with_attention = layers - 1 if self.recipe.gated_skip else layers
+        shapes = (2 * with_attention, d, d), (2 * with_attention, d, d), (2 * layers, 4 * d, d)
         if self.recipe.init == "gpt2":
             qk, vo, mlp = (torch.randn(shape) * 0.02 for shape in shapes)
             vo[1::2] /= math.sqrt(2 * layers)  # projections into the stream start smaller, as in GPT-2
@@ -57,40 +85,175 @@ class GPT(nn.Module):
             mlp[1::2] = 0
             if self.recipe.init == "zero_proj":
                 vo[1::2] = 0
+        if self.recipe.head_pairs:
+            qk = qk.view(-1, 2 * d // self.recipe.num_heads, d)
         self.qk_bank, self.vo_bank, self.mlp_bank = nn.Parameter(qk), nn.Parameter(vo), nn.Parameter(mlp)
 
-    def attention(self, x_btd: Tensor, q_w: Tensor, k_w: Tensor, v_w: Tensor, o_w: Tensor) -> Tensor:
-        "What one layer's attention adds to the stream, (b, t, d); the matrices are (d, d)."
-        q, k, v = (split_heads(x_btd, w, self.recipe.num_heads) for w in (q_w, k_w, v_w))
+    def make_streams(self, layers: int, d: int, vocab_size: int) -> None:
+        "The small parameters and the tables beside the blocks."
+        heads = self.recipe.num_heads
+        if self.recipe.x0_skip:
+            self.x0_lambdas = nn.Parameter(torch.zeros(layers))
+        if self.recipe.lambdas:
+            self.resid_lambdas = nn.Parameter(torch.full((layers, 2), math.sqrt(1.1)))
+            self.post_lambdas = nn.Parameter(torch.ones(layers, 2))
+            self.scalars = nn.Parameter(initial_scalars(layers))
+        if self.recipe.gated_skip:
+            self.skip_gate = nn.Parameter(torch.zeros(1, GATE_DIMS))
+        if self.recipe.backout:
+            self.backout_lambda = nn.Parameter(torch.tensor([0.5]))
+        if self.recipe.value_embeds:
+            self.value_embeds = nn.Parameter(0.01 * torch.randn(len(VALUE_LAYERS) * vocab_size, d))
+        if self.recipe.ve_gates:
+            self.ve_gate_bank = nn.Parameter(torch.zeros(len(VALUE_LAYERS), heads, GATE_DIMS))
+        if self.recipe.smear:
+            self.smear_gate = nn.Parameter(torch.zeros(1, GATE_DIMS))
+        if self.recipe.attn_gate:
+            self.attn_gate_bank = nn.Parameter(torch.zeros(layers - 1, heads, GATE_DIMS))
+        if self.recipe.bigram:
+            self.bigram_embed = nn.Parameter(torch.zeros(self.recipe.bigram_size, d))
+            self.bigram_lambdas = nn.Parameter(torch.full((layers,), 0.05))
+        if self.recipe.mudd:
+            self.mudd_w1 = nn.Parameter((2 * torch.rand(2, MUDD_DIM, d) - 1) / math.sqrt(d))
+            self.mudd_w2 = nn.Parameter(torch.zeros(2, MUDD_OUTPUTS, MUDD_DIM))
+            self.mudd_b2 = nn.Parameter(initial_mudd_bias())
+        if self.recipe.xsa:
+            self.xsa_alphas = nn.Parameter(torch.zeros(layers, heads))
+
+    def at_step(self, step: int) -> None:
+        "Set what depends on the step: weights of the targets, windows, and what follows the windows."
+        self.mtp_weights = torch.tensor(mtp_weights(step, self.recipe.steps), device=self.embed.device)
+        if self.recipe.windows:
+            self.set_windows(stage_windows(step, self.recipe.steps, self.recipe.window_block))
+
+    def set_windows(self, windows: list[tuple[int, int]]) -> None:
+        "Windows of the stages so far, short and long, in tokens; the last pair is the present one."
+        short, long = windows[-1]
+        if self.recipe.yarn and long != self.long:
+            frequencies, scale = yarn(self.frequencies, self.recipe.softmax_scale, [pair[1] for pair in windows])
+            cos_tk, sin_tk = rotary_table(frequencies.to(self.rotary_cos.device), len(self.rotary_cos))
+            self.rotary_cos.copy_(cos_tk)
+            self.rotary_sin.copy_(sin_tk)
+            self.softmax_scale.fill_(scale)
+        self.short.fill_(short)
+        self.long.fill_(long)
+
+    def attention(self, a_btd: Tensor, layer: int, matrices: tuple[Tensor, ...], extra_v: Tensor | None = None,
+                  gate_w: Tensor | None = None, cu_seqlens: Tensor | None = None,
+                  max_len: Tensor | None = None) -> Tensor:
+        "What one layer's attention gathers, (b, t, h, k); the matrices of queries, keys and values are (d, d)."
+        q, k, v = (split_heads(a_btd, w, self.recipe.num_heads) for w in matrices)
         if self.recipe.qk_norm:
             q, k = norm_queries_keys(q, k)
-        if self.recipe.positions == "rotary":
-            q, k = rotate(q, self.rotary_cos, self.rotary_sin), rotate(k, self.rotary_cos, self.rotary_sin)
-        y = causal_attention(q, k, v, self.recipe.softmax_scale if self.recipe.qk_norm else None)
-        return F.linear(y.flatten(2), o_w)
+        if self.recipe.value_embeds and extra_v is not None:
+            v = v + extra_v
+        gathered_v = v
+        if self.recipe.paired_heads and layer in PAIRED_LAYERS:
+            q, k = (rotate_pairs(x, self.rotary_cos, self.rotary_sin) for x in (q, k))
+            q, k, v = in_pairs(q), in_pairs(k), in_pairs(v)
+            cu_seqlens, max_len = 2 * cu_seqlens, 2 * max_len
+        elif self.recipe.positions == "rotary":
+            q, k = (rotate(x, self.rotary_cos, self.rotary_sin) for x in (q, k))
+        if self.recipe.key_offset and layer in LONG_LAYERS:
+            k = offset_keys(k)
+        if self.recipe.documents:
+            window = max_len
+            if self.recipe.windows:
+                window = self.long if layer in LONG_LAYERS else self.short
+            y = varlen_attention(q[0], k[0], v[0], cu_seqlens, max_len, window, self.softmax_scale)
+            y = y.reshape(gathered_v.shape)
+        else:
+            y = causal_attention(q, k, v, self.recipe.softmax_scale if self.recipe.qk_norm else None)
+        if self.recipe.xsa and layer in XSA_LAYERS:
+            y = exclude_self(y, gathered_v, self.xsa_alphas[layer])
+        if self.recipe.attn_gate:
+            y = gated_heads(y, a_btd, gate_w)
+        return y
 
-    def logits(self, inputs_bt: Tensor) -> Tensor:
+    def logits(self, inputs_bt: Tensor, cu_seqlens: Tensor | None = None, max_len: Tensor | None = None) -> Tensor:
         "Scores of every next token, (b, t, v)."
+        last = self.recipe.num_layers - 1
         x_btd = self.embed[inputs_bt]
         if self.recipe.positions == "learned":
             x_btd = x_btd + self.position[: inputs_bt.shape[1]]
+        if self.recipe.lambdas:
+            scalars = self.scalars.unbind()
+            resid, post = (p.bfloat16().flatten().unbind() for p in (self.resid_lambdas, self.post_lambdas))
+        if self.recipe.smear:
+            x_btd = smear(x_btd, self.smear_gate, scalars[-2])
         if self.recipe.head != "tied":
             x_btd = rms_norm(x_btd)
-        qk, vo, mlp = self.qk_bank.unbind(), self.vo_bank.unbind(), self.mlp_bank.unbind()
+        if self.recipe.x0_skip:
+            x0_btd, x0_lambdas = x_btd, self.x0_lambdas.bfloat16().unbind()
+        if self.recipe.bigram:
+            pairs_btd = self.bigram_embed[bigram_rows(inputs_bt, self.recipe.bigram_size)]
+            bigram_lambdas = self.bigram_lambdas.bfloat16().unbind()
+            x_btd = x_btd + bigram_lambdas[0] * pairs_btd
+        if self.recipe.value_embeds:
+            values = dict(zip(VALUE_LAYERS, value_rows(self.value_embeds, inputs_bt), strict=True))
+        if self.recipe.mudd:
+            start_btd = x_btd
+        qk, vo = self.qk_bank.view(-1, *self.vo_bank.shape[1:]).unbind(), self.vo_bank.unbind()
+        mlp, outputs = self.mlp_bank.unbind(), []
         for i in range(self.recipe.num_layers):
-            q_w, k_w, v_w, o_w, up_w, down_w = *qk[2 * i : 2 * i + 2], *vo[2 * i : 2 * i + 2], *mlp[2 * i : 2 * i + 2]
-            x_btd = x_btd + self.attention(rms_norm(x_btd), q_w, k_w, v_w, o_w)
-            if self.recipe.activation == "relu2":
-                x_btd = x_btd + relu2_mlp(rms_norm(x_btd), up_w, down_w)
+            if self.recipe.lambdas:
+                keep, gain, keep_mlp, gain_mlp = resid[2 * i], post[2 * i], resid[2 * i + 1], post[2 * i + 1]
+            if self.recipe.gated_skip and i == SKIP_TO:
+                x_btd = x_btd + skip_strength(x0_btd, self.skip_gate, scalars[-1]) * outputs[SKIP_FROM]
             else:
-                x_btd = x_btd + lean_mlp(rms_norm(x_btd), up_w, down_w)
+                n = i - (i > SKIP_TO) if self.recipe.gated_skip else i  # number among the layers with attention
+                q_w, k_w, v_w, o_w = *qk[2 * n : 2 * n + 2], *vo[2 * n : 2 * n + 2]
+                if self.recipe.lambdas:
+                    q_w, k_w, v_w = (scalars[2 * i] * w for w in (q_w, k_w, v_w))
+                    o_w = scalars[2 * i + 1] * o_w
+                a_btd = rms_norm(outputs[LATE_FROM] if self.recipe.late_input and i > LATE_FROM else x_btd)
+                if self.recipe.mudd and i == last:
+                    m = mudd_coefficients(x_btd, self.mudd_w1[0], self.mudd_w2[0], self.mudd_b2[0])
+                    keep, gain, _, _, keep_mlp, gain_mlp = m[8:]
+                    extra_v, x_btd = last_layer_inputs(m, x_btd, start_btd, outputs[LATE_FROM], values[i], self.recipe.num_heads)
+                elif self.recipe.value_embeds and i in VALUE_LAYERS:
+                    if self.recipe.ve_gates:
+                        extra_v = gated_values(values[i], a_btd, self.ve_gate_bank[VALUE_LAYERS.index(i)])
+                    else:
+                        extra_v = values[i].unflatten(-1, (self.recipe.num_heads, -1))
+                else:
+                    extra_v = None
+                gate_w = self.attn_gate_bank[n] if self.recipe.attn_gate else None
+                y_bthk = self.attention(a_btd, i, (q_w, k_w, v_w), extra_v, gate_w, cu_seqlens, max_len)
+                y_btd = F.linear(y_bthk.flatten(2), o_w)
+                x_btd = keep * x_btd + gain * y_btd if self.recipe.lambdas else x_btd + y_btd
+                if self.recipe.x0_skip:
+                    entering = x0_lambdas[i] * x0_btd
+                    if self.recipe.bigram and i > 0:
+                        entering = entering + bigram_lambdas[i] * pairs_btd
+                    if self.recipe.mudd and i == last:
+                        entering = m[10] * start_btd + m[11] * pairs_btd
+                    x_btd = x_btd + entering
+            if self.recipe.activation == "relu2":
+                y_btd = relu2_mlp(rms_norm(x_btd), up_w=mlp[2 * i], down_w=mlp[2 * i + 1])
+            else:
+                y_btd = lean_mlp(rms_norm(x_btd), up_w=mlp[2 * i], down_w=mlp[2 * i + 1])
+            x_btd = keep_mlp * x_btd + gain_mlp * y_btd if self.recipe.lambdas else x_btd + y_btd
+            if self.recipe.gated_skip:
+                outputs.append(x_btd)
+        if self.recipe.backout:
+            x_btd = x_btd - self.backout_lambda * outputs[LATE_FROM]
+        if self.recipe.mudd:
+            m = mudd_coefficients(x_btd, self.mudd_w1[1], self.mudd_w2[1, :5], self.mudd_b2[1, :5])
+            sources = start_btd, outputs[LATE_FROM], outputs[last - 1], values[VALUE_LAYERS[0]], outputs[SKIP_FROM]
+            for weight, source_btd in zip(m, sources, strict=True):
+                x_btd = x_btd + weight * source_btd
         x_btd = rms_norm(x_btd)
         z_btv = x_btd @ self.lm_head if self.recipe.head != "tied" else F.linear(x_btd, self.embed)
         return softcap(z_btv) if self.recipe.capped else z_btv
 
-    def forward(self, inputs_bt: Tensor, targets_bt: Tensor) -> Tensor:
-        "Mean cross-entropy of the next token in nats, a scalar."
-        return F.cross_entropy(self.logits(inputs_bt).flatten(0, 1).float(), targets_bt.flatten())
+    def forward(self, inputs_bt: Tensor, targets_bt: Tensor, cu_seqlens: Tensor | None = None,
+                max_len: Tensor | None = None) -> Tensor:
+        "Mean cross-entropy of the next token in nats, a scalar; with several targets the weighted sum over all tokens."
+        z_btv = self.logits(inputs_bt, cu_seqlens, max_len).float()
+        if self.recipe.mtp and self.training:
+            return mtp_losses(z_btv, targets_bt, self.mtp_weights).sum()
+        return F.cross_entropy(z_btv.flatten(0, 1), targets_bt.flatten())
 
 # %% ../nbs/91_gpt.ipynb #f9535c49
 def build_model(recipe: Recipe, size: Size) -> nn.Module:

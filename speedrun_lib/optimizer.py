@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .cautious import cautious_decay
+from .mantissa import halves, joined
 from .muon import nesterov, newton_schulz
 from .normuon import equalise
 from .polar import polar_express
@@ -44,6 +45,33 @@ def parameter_rules(recipe: Recipe) -> dict[str, Rule]:  # parameter name -> rul
     }
     if recipe.positions == "learned":
         rules["position"] = Rule("adam")
+    small, slow, table = (0.9, 0.95), (0.9, 0.99), (0.75, 0.95)
+    if recipe.x0_skip:
+        rules["x0_lambdas"] = Rule("adam", betas=small)
+    if recipe.lambdas:
+        rules["resid_lambdas"] = Rule("adam", lr=5, betas=small)
+        rules["post_lambdas"] = Rule("adam", betas=small)
+        rules["scalars"] = Rule("adam", lr=5, betas=slow)
+    if recipe.gated_skip:
+        rules["skip_gate"] = Rule("adam", lr=0.05, betas=slow)
+    if recipe.backout:
+        rules["backout_lambda"] = Rule("adam", lr=5, betas=slow)
+    if recipe.value_embeds:
+        rules["value_embeds"] = Rule("adam", lr=75, decay=5, betas=table)
+    if recipe.ve_gates:
+        rules["ve_gate_bank"] = Rule("adam", decay=1, betas=slow)
+    if recipe.smear:
+        rules["smear_gate"] = Rule("adam", lr=0.01, betas=slow)
+    if recipe.attn_gate:
+        rules["attn_gate_bank"] = Rule("adam", decay=1, betas=slow)
+    if recipe.bigram:
+        rules["bigram_embed"] = Rule("adam", lr=75, decay=5, betas=table)
+        rules["bigram_lambdas"] = Rule("adam", betas=small)
+    if recipe.mudd:
+        rules |= {name: Rule("adam", lr=0.25, decay=1, betas=slow) for name in ("mudd_w1", "mudd_w2")}
+        rules["mudd_b2"] = Rule("adam", lr=0.25, betas=slow)
+    if recipe.xsa:
+        rules["xsa_alphas"] = Rule("adam", betas=small)
     return rules
 
 # %% ../nbs/92_optimizer.ipynb #142fa930
@@ -71,7 +99,6 @@ class Optimizer(torch.optim.Optimizer):
 
     def __init__(self, recipe: Recipe, model: nn.Module):
         self.recipe, self.params = recipe, dict(model.named_parameters())
-        self.head_dim = model.embed.shape[1] // recipe.num_heads
         rules, base = parameter_rules(recipe), {"adam": recipe.adam_lr, "muon": recipe.muon_lr}
         groups = [vars(rules[name]) | {"params": [p], "name": name, "lr": base[rules[name].rule] * rules[name].lr,
                                        "momentum": recipe.muon_momentum} for name, p in self.params.items()]
@@ -121,17 +148,22 @@ class Optimizer(torch.optim.Optimizer):
         state = self.state[p]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(p, dtype=torch.float32)
+            if self.recipe.bf16_weights:
+                state["mantissa"] = torch.zeros_like(p, dtype=torch.uint16)
         update = nesterov(state["momentum_buffer"], p.grad.float(), group["momentum"])
-        if self.recipe.head_pairs and group["name"] == "qk_bank":
-            update = update.view(-1, 2 * self.head_dim, p.shape[-1])
         update = polar_express(update) if self.recipe.polar else newton_schulz(update)
         if self.recipe.normuon:
             update = equalise(update, state, self.recipe.normuon_beta2)
-        update = update.view_as(p)
         lr = torch.full((len(p), 1, 1), group["lr"] * math.sqrt(max(1, p.shape[-2] / p.shape[-1])), device=p.device)
         if self.recipe.normuon:
             lr[1::2] *= group["lr_odd"]
+        old = p
+        if self.recipe.bf16_weights:
+            old = joined(p, state["mantissa"])
+        new = old - update * lr
         if self.recipe.cautious:
             decay = self.recipe.muon_decay * group["lr"] * group["decay"]
-            p.sub_(cautious_decay(p, update, strict=False) * (decay * lr))
-        p.sub_(update * lr)
+            new -= cautious_decay(old, update, strict=False) * (decay * lr)
+        if self.recipe.bf16_weights:
+            new, state["mantissa"] = halves(new)
+        p.copy_(new)

@@ -31,7 +31,26 @@ class Recipe:
     head_pairs: bool = False  # queries and keys are orthogonalised for two heads at a time
     cautious: bool = False  # weights decay only where the update moves them towards zero
     two_speeds: bool = False  # tables and scalars step every second time
-    bos_aligned: bool = False  # training rows start at document starts (record 26)
+    x0_skip: bool = False  # the embedding enters again after every attention
+    lambdas: bool = False  # learned factors on the stream, on what is added to it, and on attention's matrices
+    gated_skip: bool = False  # the output of layer 3 enters again at layer 6, which loses its attention
+    late_input: bool = False  # attention after layer 7 reads the output of layer 7
+    backout: bool = False  # a share of layer 7's output is taken out before the head
+    value_embeds: bool = False  # five layers add rows of tables to their values
+    ve_gates: bool = False  # these rows pass a gate for each head
+    smear: bool = False  # embeddings look one token back
+    attn_gate: bool = False  # heads can close
+    bigram: bool = False  # a hashed table of token pairs enters the stream at every layer
+    mtp: bool = False  # the loss counts up to three next tokens
+    mudd: bool = False  # the last layer and the head read earlier layers through weights computed for every token
+    xsa: bool = False  # heads leave out a share of the token's own value
+    documents: bool = False  # packed documents that do not see each other
+    windows: bool = False  # attention reaches back a short or a long way, farther in each stage
+    yarn: bool = False  # rotary frequencies and the softmax scale follow the window
+    key_offset: bool = False  # half of each key comes from the token before
+    paired_heads: bool = False  # in four layers, pairs of heads share queries and keys
+    staged: bool = False  # batch, document length, learning rate and momentum follow the stages
+    bf16_weights: bool = False  # weights in bf16; the optimizer keeps the other 16 bits of the matrices
 
     num_layers: int = 12  # transformer blocks
     num_heads: int = 12  # attention heads; the head dimension is model_dim / num_heads
@@ -52,6 +71,14 @@ class Recipe:
     normuon_beta2: float = 0.9  # decay of NorMuon's second moment
     adam_decay: float = 0.005  # base of the cautious decay of tables and scalars
     muon_decay: float = 1.2  # base of the cautious decay of matrices
+    bigram_size: int = 251_520  # rows of the table of token pairs
+    max_len: int = 2048  # longest piece of a document, in tokens
+    val_len: int = 262_144  # tokens per part in validation
+    window_block: int = 128  # tokens; windows are multiples of it
+    first_max_len: int = 896  # longest piece in the first stage
+    extension: int = 10  # steps after the schedule, with the widest windows
+    momentum_warmup: int = 300  # steps of rising momentum
+    momentum_cooldown: int = 50  # steps of falling momentum, at the end
 
 # %% ../nbs/90_recipe.ipynb #60e9140c
 def choice_fields() -> dict[str, tuple]:  # field name -> allowed values
@@ -127,6 +154,42 @@ LADDER = (
          changes={"two_speeds": True, "adam_lr": 8e-3}, at={"nano": {"adam_lr": 16e-3}}),
     Rung("late_split", "24_two_speeds", ("51", "53"), "head and embedding are one for two thirds of the run",
          changes={"head": "split"}),
+    Rung("x0_skip", "30_streams", ("9", "73"), "the embedding enters again after every attention", changes={"x0_skip": True}),
+    Rung("lambdas", "30_streams", ("9", "45", "47", "73"), "learned factors: older parts of the stream fade, or grow",
+         changes={"lambdas": True}),
+    Rung("gated_skip", "30_streams", ("11", "17", "45", "55"), "layer 3 reaches layer 6, which has no attention",
+         changes={"gated_skip": True}),
+    Rung("late_input", "30_streams", ("77",), "late attention reads the output of layer 7", changes={"late_input": True}),
+    Rung("backout", "30_streams", ("40",), "a share of layer 7 is taken out before the head", changes={"backout": True}),
+    Rung("value_embeds", "31_value_embeds", ("14", "15", "16", "63", "65", "70"), "tables feed the values of five layers",
+         changes={"value_embeds": True}),
+    Rung("ve_gates", "31_value_embeds", ("55", "70"), "a gate for each head on the tables' rows", changes={"ve_gates": True}),
+    Rung("smear", "32_smear_and_gate", ("34",), "embeddings look one token back", changes={"smear": True}),
+    Rung("attn_gate", "32_smear_and_gate", ("28",), "heads can close", changes={"attn_gate": True}),
+    Rung("bigram", "33_bigram", ("62", "68"), "a hashed table of token pairs enters at every layer",
+         changes={"bigram": True}, at={"nano": {"bigram_size": 8192}}),
+    Rung("mtp", "34_mtp", ("53",), "the loss counts up to three next tokens", changes={"mtp": True}),
+    Rung("mudd", "35_mudd", ("81",), "the last layer and the head read earlier layers, weighted for every token",
+         changes={"mudd": True, "backout": False}),
+    Rung("xsa", "36_xsa", ("82",), "heads leave out a share of the token's own value", changes={"xsa": True}),
+    Rung("documents", "40_documents", ("26", "29", "78"), "packed documents that do not see each other",
+         changes={"documents": True, "batch_rows": 8, "seq_len": 16_384},
+         at={"nano": {"batch_rows": 8, "seq_len": 256, "max_len": 256, "val_len": 3840},
+             "mini": {"seq_len": 4096, "val_len": 65_536}}),
+    Rung("windows", "41_windows", ("12", "13", "20", "29", "33", "35"), "short and long windows that grow by stages",
+         changes={"windows": True}, at={"nano": {"window_block": 16, "extension": 4}, "mini": {"extension": 10}}),
+    Rung("yarn", "41_windows", ("31",), "rotary frequencies and the softmax scale follow the window",
+         changes={"yarn": True, "softmax_scale": 0.1}, at={"nano": {"softmax_scale": 0.4}, "mini": {"softmax_scale": 0.2}}),
+    Rung("key_offset", "42_offset_and_pairs", ("49", "62"), "half of each key comes from the token before",
+         changes={"key_offset": True}),
+    Rung("paired_heads", "42_offset_and_pairs", ("58",), "pairs of heads share queries and keys",
+         changes={"paired_heads": True}),
+    Rung("staged", "43_schedules", ("39", "46", "72"), "batch, document length, rate and momentum follow the stages",
+         changes={"staged": True, "steps": 1375, "cooldown_frac": 0.6},
+         at={"nano": {"steps": 120, "first_max_len": 112, "momentum_warmup": 30, "momentum_cooldown": 6},
+             "mini": {"steps": 1375}}),
+    Rung("bf16_weights", "51_bf16_weights", ("57",), "weights in bf16, with the lost mantissa in the optimizer",
+         changes={"bf16_weights": True}),
 )
 
 # %% ../nbs/90_recipe.ipynb #22763e3d
@@ -156,7 +219,10 @@ def recipe_for(
     for step in LADDER[: names.index(rung) + 1]:
         recipe = dataclasses.replace(recipe, **step.changes)
         recipe = dataclasses.replace(recipe, **step.at.get(size, {}))
-    return dataclasses.replace(recipe, **parse_overrides(overrides or {}))
+    recipe = dataclasses.replace(recipe, **parse_overrides(overrides or {}))
+    if recipe.gated_skip and recipe.num_layers != 11:
+        raise RecipeError(f"rungs from gated_skip on name layers by number and need num_layers=11, not {recipe.num_layers}")
+    return recipe
 
 # %% ../nbs/90_recipe.ipynb #96ad93e8
 def parse_overrides(
