@@ -50,12 +50,8 @@ class GPT(nn.Module):
             self.position = nn.Parameter(torch.randn(recipe.seq_len, d) * 0.02)
         else:
             self.frequencies = rotary_frequencies(d // recipe.num_heads, recipe.rotary_base)
-            positions = recipe.seq_len
-            if recipe.documents:
-                positions = max(recipe.seq_len, recipe.val_len)
-            if recipe.paired_heads:
-                positions *= 2
-            cos_tk, sin_tk = rotary_table(self.frequencies, positions)
+            positions = max(3 * recipe.seq_len, recipe.val_len) if recipe.documents else recipe.seq_len
+            cos_tk, sin_tk = rotary_table(self.frequencies, 2 * positions if recipe.paired_heads else positions)
             self.register_buffer("rotary_cos", cos_tk, persistent=False)
             self.register_buffer("rotary_sin", sin_tk, persistent=False)
         self.make_banks(layers, d)
@@ -157,9 +153,8 @@ class GPT(nn.Module):
         if self.recipe.key_offset and layer in LONG_LAYERS:
             k = offset_keys(k)
         if self.recipe.documents:
-            window = max_len
-            if self.recipe.windows:
-                window = self.long if layer in LONG_LAYERS else self.short
+            reach = self.long if layer in LONG_LAYERS else self.short
+            window = reach if self.recipe.windows else max_len
             y = varlen_attention(q[0], k[0], v[0], cu_seqlens, max_len, window, self.softmax_scale)
             y = y.reshape(gathered_v.shape)
         else:
@@ -210,7 +205,8 @@ class GPT(nn.Module):
                 if self.recipe.mudd and i == last:
                     m = mudd_coefficients(x_btd, self.mudd_w1[0], self.mudd_w2[0], self.mudd_b2[0])
                     keep, gain, _, _, keep_mlp, gain_mlp = m[8:]
-                    extra_v, x_btd = last_layer_inputs(m, x_btd, start_btd, outputs[LATE_FROM], values[i], self.recipe.num_heads)
+                    extra_v, x_btd = last_layer_inputs(
+                        m, x_btd, start_btd, outputs[LATE_FROM], values[i], self.recipe.num_heads)
                 elif self.recipe.value_embeds and i in VALUE_LAYERS:
                     if self.recipe.ve_gates:
                         extra_v = gated_values(values[i], a_btd, self.ve_gate_bank[VALUE_LAYERS.index(i)])
@@ -223,12 +219,13 @@ class GPT(nn.Module):
                 y_btd = F.linear(y_bthk.flatten(2), o_w)
                 x_btd = keep * x_btd + gain * y_btd if self.recipe.lambdas else x_btd + y_btd
                 if self.recipe.x0_skip:
-                    entering = x0_lambdas[i] * x0_btd
-                    if self.recipe.bigram and i > 0:
-                        entering = entering + bigram_lambdas[i] * pairs_btd
                     if self.recipe.mudd and i == last:
-                        entering = m[10] * start_btd + m[11] * pairs_btd
-                    x_btd = x_btd + entering
+                        entering_btd = m[10] * start_btd + m[11] * pairs_btd
+                    elif self.recipe.bigram and i > 0:
+                        entering_btd = x0_lambdas[i] * x0_btd + bigram_lambdas[i] * pairs_btd
+                    else:
+                        entering_btd = x0_lambdas[i] * x0_btd
+                    x_btd = x_btd + entering_btd
             if self.recipe.activation == "relu2":
                 y_btd = relu2_mlp(rms_norm(x_btd), up_w=mlp[2 * i], down_w=mlp[2 * i + 1])
             else:

@@ -7,7 +7,6 @@ __all__ = ['stage_bounds', 'stage_at', 'mtp_weights', 'mtp_losses']
 
 # %% ../nbs/34_mtp.ipynb #8bc02111
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 # %% ../nbs/34_mtp.ipynb #7c7a992b

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['RunError', 'Interrupted', 'World', 'join_world', 'Run', 'RunLog', 'build_optimizer', 'lr_factor', 'save_checkpoint',
-           'read_checkpoint', 'load_checkpoint', 'stop_signals', 'Stopwatch', 'train_step', 'validate', 'warm_up',
+           'read_checkpoint', 'load_checkpoint', 'stop_signals', 'Stopwatch', 'forward', 'train_step',
+           'training_loader', 'validation_loader', 'validate', 'total_steps', 'set_step', 'tokens_before', 'warm_up',
            'train', 'main']
 
 # %% ../nbs/93_train.ipynb #f78a8000
@@ -31,10 +32,14 @@ from torch import Tensor, nn
 # %% ../nbs/93_train.ipynb #1c8c9b8c
 from .baseline import cosine, decay_groups
 from .data import PARTS, DataError, TokenLoader, find_shards, read_header
+from .documents import DocumentLoader
 from .gpt import build_model
 from .lean import trapezoid
+from .mtp import stage_bounds
 from .optimizer import Optimizer
 from .recipe import Recipe, Size
+from .schedules import momentum_at, stage_batch, staged_lr, staged_tokens
+from .windows import FINAL_LONG
 
 # %% ../nbs/93_train.ipynb #e576d444
 class RunError(RuntimeError):
@@ -162,7 +167,9 @@ def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def lr_factor(recipe: Recipe, step: int) -> float:
-    "Factor on every peak learning rate at a step (0..steps - 1), read in the middle of the step."
+    "Factor on every peak learning rate at a step (0..steps - 1); the unstaged ones are read in the middle of the step."
+    if recipe.staged:
+        return staged_lr(step, recipe.steps, recipe.cooldown_frac)
     progress = (step + 0.5) / recipe.steps
     if recipe.schedule == "cosine":
         return cosine(progress, recipe.warmup_frac)
@@ -266,21 +273,32 @@ class Stopwatch:
         self.started = time.perf_counter()
 
 # %% ../nbs/93_train.ipynb #184ee283
+def forward(
+    model: nn.Module,
+    batch: tuple[Tensor, ...],  # one part, from a loader; scalars stay on the CPU
+    recipe: Recipe,
+    world: World,
+) -> Tensor:  # loss, a scalar on the device
+    "The loss of one part; matrix products in bf16 on a GPU."
+    batch = [x.to(world.device, non_blocking=True) if x.dim() else x for x in batch]
+    on_gpu = world.device.type == "cuda"
+    with torch.autocast("cuda", torch.bfloat16, enabled=False if recipe.bf16_weights else on_gpu):
+        return model(*batch)
+
+
 def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    batches: list[tuple[Tensor, Tensor]],  # this process's parts
+    batches: list[tuple[Tensor, ...]],  # this process's parts
     recipe: Recipe,
     world: World,
 ) -> Tensor:  # mean loss of this process's parts, a scalar on the device
     "Accumulate gradients over the parts, average them over the processes, update."
     total = torch.zeros((), device=world.device)
-    for inputs, targets in batches:
-        inputs, targets = inputs.to(world.device, non_blocking=True), targets.to(world.device, non_blocking=True)
-        with torch.autocast("cuda", torch.bfloat16, enabled=world.device.type == "cuda"):
-            loss = model(inputs, targets) / len(batches)
+    for batch in batches:
+        loss = forward(model, batch, recipe, world) / len(batches)
         loss.backward()
-        total += loss.detach()
+        total += loss.detach() / batch[0].numel() if recipe.mtp else loss.detach()
     if recipe.optimizer == "muon":
         for group in optimizer.due():
             world.average(group["params"][0].grad)
@@ -295,6 +313,24 @@ def train_step(
     return total
 
 
+def training_loader(files: list[Path], recipe: Recipe, size: Size) -> TokenLoader:
+    "The training tokens of a recipe in its order."
+    bos = 256 if size.tokenizer == "bytes" else 50_256
+    if recipe.documents:
+        return DocumentLoader(files, recipe.seq_len, recipe.max_len, bos, aligned=True)
+    return TokenLoader(files, recipe.batch_rows, recipe.seq_len, bos, aligned=False)
+
+
+def validation_loader(files: list[Path], recipe: Recipe, size: Size) -> TokenLoader:
+    "Validation tokens from the first on, cut anywhere."
+    bos = 256 if size.tokenizer == "bytes" else 50_256
+    if recipe.documents:
+        # a validation shard that is too short for the recipe's parts gets shorter ones
+        row_len = min(recipe.val_len, (read_header(files[0]) - 1) // PARTS // 128 * 128)
+        return DocumentLoader(files, row_len, row_len, bos, aligned=False)
+    return TokenLoader(files, recipe.batch_rows, recipe.seq_len, bos, aligned=False)
+
+
 @torch.no_grad()
 def validate(
     model: nn.Module,
@@ -304,32 +340,71 @@ def validate(
     world: World,
 ) -> float:  # mean cross-entropy in nats
     "Loss over the first `val_tokens` tokens of the validation split, the same rows for any number of processes."
-    loader = TokenLoader(files, recipe.batch_rows, recipe.seq_len, bos=-1, aligned=False)
+    loader = validation_loader(files, recipe, size)
     available = sum(read_header(path) - 1 for path in files)  # the last token of a shard is only a target
-    steps = max(1, min(size.val_tokens, available) // (recipe.batch_rows * recipe.seq_len))
+    steps = max(1, min(size.val_tokens, available) // (loader.rows * loader.row_len))
     total = torch.zeros((), device=world.device)
+    model.eval()
     for _ in range(steps):
-        for inputs, targets in loader.next_step(world.parts):
-            with torch.autocast("cuda", torch.bfloat16, enabled=world.device.type == "cuda"):
-                total += model(inputs.to(world.device), targets.to(world.device))
+        for batch in loader.next_step(world.parts):
+            total += forward(model, batch, recipe, world)
+    model.train()
     return world.average(total / (steps * len(world.parts))).item()
 
 # %% ../nbs/93_train.ipynb #6ca50dd0
+def total_steps(recipe: Recipe) -> int:
+    "Scheduled steps, and those after them."
+    return recipe.steps + recipe.extension if recipe.staged else recipe.steps
+
+
+def set_step(
+    step: int,
+    model: nn.Module,  # not the compiled one
+    optimizer: torch.optim.Optimizer,
+    loader: TokenLoader,  # of the training tokens
+    recipe: Recipe,
+) -> None:
+    "Bring everything that follows a schedule to a step: network, learning rates, momentum, size of the batch."
+    factor = lr_factor(recipe, step)
+    for group in optimizer.param_groups:
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+        if recipe.staged:
+            group["momentum"] = momentum_at(step, total_steps(recipe), recipe.momentum_warmup, recipe.momentum_cooldown)
+    if recipe.two_speeds:
+        optimizer.step_number = step
+    if recipe.mtp:
+        model.at_step(step)
+    if recipe.staged:
+        loader.row_len, loader.max_len = stage_batch(
+            step, recipe.steps, recipe.seq_len, recipe.first_max_len, recipe.max_len)
+
+
+def tokens_before(step: int, recipe: Recipe) -> int:
+    "Training tokens of all steps before one."
+    if recipe.staged:
+        return staged_tokens(step, recipe.steps, PARTS * recipe.seq_len)
+    return step * recipe.batch_rows * recipe.seq_len
+
+
 def warm_up(
     model: nn.Module,
+    bare_model: nn.Module,  # the same one, not compiled
     optimizer: torch.optim.Optimizer,
-    batches: list[tuple[Tensor, Tensor]],  # first parts of the run
+    loader: TokenLoader,
     recipe: Recipe,
     world: World,
 ) -> None:
-    "Compile and run everything once, then restore weights and optimizer state."
-    before = [p.detach().clone() for p in model.parameters()]
-    train_step(model, optimizer, batches, recipe, world)
+    "Compile and run every stage once on the first tokens, then restore weights, optimizer state and position."
+    before, position = [p.detach().clone() for p in model.parameters()], loader.state()
+    for step in (0, *stage_bounds(recipe.steps)) if recipe.mtp else (0,):
+        set_step(step, bare_model, optimizer, loader, recipe)
+        train_step(model, optimizer, loader.next_step(world.parts), recipe, world)
     with torch.no_grad():
-        model(*(x.to(world.device) for x in batches[0]))
         for p, old in zip(model.parameters(), before, strict=True):
             p.copy_(old)
+    optimizer.zero_grad()
     optimizer.state.clear()
+    loader.open(**position)
 
 # %% ../nbs/93_train.ipynb #74aeba46
 def train(
@@ -341,17 +416,15 @@ def train(
 ) -> float:  # final validation loss in nats
     "Train a recipe at a size; raises `DataError` or `RunError` with one line that says what to do."
     train_files, val_files = find_shards(run.data_dir, "train"), find_shards(run.data_dir, "val")
-    bos = 256 if size.tokenizer == "bytes" else 50_256
-    loader = TokenLoader(train_files, recipe.batch_rows, recipe.seq_len, bos, recipe.bos_aligned)
+    loader = training_loader(train_files, recipe, size)
     torch.manual_seed(run.seed)
     bare_model = build_model(recipe, size).to(world.device)
     model = torch.compile(bare_model) if run.compile else bare_model
     optimizer = build_optimizer(recipe, bare_model)
     if run.compile:
         log.text("compiling the model and warming up kernels", console=True)
-        position = loader.state()
-        warm_up(model, optimizer, loader.next_step(world.parts), recipe, world)
-        loader.open(**position)
+        warm_up(model, bare_model, optimizer, loader, recipe, world)
+        validate(model, val_files, recipe, size, world)
 
     identity = {"recipe": dataclasses.asdict(recipe), "size": size.name, "seed": run.seed}
     start, watch = 0, Stopwatch(world.device)
@@ -366,37 +439,35 @@ def train(
             meta = identity | {"step": step, "loader": loader.state(), "train_time_ms": watch.before}
             save_checkpoint(run.run_dir / "checkpoint.safetensors", bare_model, optimizer, meta)
 
-    step_tokens = recipe.batch_rows * recipe.seq_len
+    steps = total_steps(recipe)
     with stop_signals() as caught:
-        for step in range(start, recipe.steps + 1):
-            if step == recipe.steps or (step % run.val_every == 0 and step > start) or step == 0:
+        for step in range(start, steps + 1):
+            set_step(step, bare_model, optimizer, loader, recipe)
+            if recipe.windows and step == steps:
+                bare_model.long.fill_(FINAL_LONG * recipe.window_block)  # the last validation looks farther back
+            if step == steps or (step % run.val_every == 0 and step > start) or step == 0:
                 watch.pause()
                 val_loss = validate(model, val_files, recipe, size, world)
-                log.validation(step, recipe.steps, watch.before, step * step_tokens, val_loss)
+                log.validation(step, steps, watch.before, tokens_before(step, recipe), val_loss)
                 watch.go_on()
-            if step == recipe.steps or (step % run.save_every == 0 and step > start):
+            if step == steps or (step % run.save_every == 0 and step > start):
                 watch.pause()
                 save(step)
                 watch.go_on()
-            if step == recipe.steps:
+            if step == steps:
                 return val_loss
 
-            factor = lr_factor(recipe, step)
-            for group in optimizer.param_groups:
-                group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
-            if recipe.two_speeds:
-                optimizer.step_number = step
             loss = train_step(model, optimizer, loader.next_step(world.parts), recipe, world)
 
             done = step + 1
-            if done % run.log_every == 0 or done == recipe.steps:
+            if done % run.log_every == 0 or done == steps:
                 # one small exchange carries the loss and the wish to stop, so that all processes agree on both
                 mean_loss, stop = world.average(torch.stack([loss, torch.full_like(loss, len(caught))])).tolist()
                 if not math.isfinite(mean_loss):
                     raise RunError(f"the loss is {mean_loss} at step {done}; the last good checkpoint, if any, is in "
                                    f"{run.run_dir}. Likely causes: a learning rate that is too high, or damaged data")
-                log.progress(done, recipe.steps, watch.read(), done * step_tokens, mean_loss)
-                if stop and done < recipe.steps:
+                log.progress(done, steps, watch.read(), tokens_before(done, recipe), mean_loss)
+                if stop and done < steps:
                     watch.pause()
                     save(done)
                     log.text(f"stopped by a signal after step {done}", console=True)

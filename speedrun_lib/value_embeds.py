@@ -28,7 +28,7 @@ def gated_values(
     x_btd: Tensor,  # normed input of the attention
     gate_w: Tensor,  # (h, 12)
 ) -> Tensor:  # (b, t, h, k)
-    "A value table's rows, scaled for each head by a gate in (0, 2) that reads six dimensions of both (records 55 and 70)."
+    "Rows of a value table times a gate in (0, 2) for each head that reads six dimensions of both (records 55, 70)"
     read = torch.cat([x_btd[..., :6], ve_btd[..., :6]], dim=-1)
     gate = 2 * torch.sigmoid(F.linear(read, gate_w))
     return gate.unsqueeze(-1) * ve_btd.unflatten(-1, (len(gate_w), -1))
