@@ -61,6 +61,7 @@ class GPT(nn.Module):
             self.softmax_scale = torch.tensor(recipe.softmax_scale)
         if recipe.windows:
             self.short, self.long = torch.zeros((), dtype=torch.int32), torch.zeros((), dtype=torch.int32)
+            self.past_windows: list[tuple[int, int]] = []
         if recipe.mtp:
             self.at_step(0)
         if recipe.bf16_weights:
@@ -117,22 +118,19 @@ class GPT(nn.Module):
             self.xsa_alphas = nn.Parameter(torch.zeros(layers, heads))
 
     def at_step(self, step: int) -> None:
-        "Set what depends on the step: weights of the targets, windows, and what follows the windows."
+        "Set what depends on the step: weights of the targets, windows, and what follows the long window."
         self.mtp_weights = torch.tensor(mtp_weights(step, self.recipe.steps), device=self.embed.device)
         if self.recipe.windows:
-            self.set_windows(stage_windows(step, self.recipe.steps, self.recipe.window_block))
-
-    def set_windows(self, windows: list[tuple[int, int]]) -> None:
-        "Windows of the stages so far, short and long, in tokens; the last pair is the present one."
-        short, long = windows[-1]
-        if self.recipe.yarn and long != self.long:
-            frequencies, scale = yarn(self.frequencies, self.recipe.softmax_scale, [pair[1] for pair in windows])
-            cos_tk, sin_tk = rotary_table(frequencies.to(self.rotary_cos.device), len(self.rotary_cos))
-            self.rotary_cos.copy_(cos_tk)
-            self.rotary_sin.copy_(sin_tk)
-            self.softmax_scale.fill_(scale)
-        self.short.fill_(short)
-        self.long.fill_(long)
+            windows = stage_windows(step, self.recipe.steps, self.recipe.window_block)
+            if self.recipe.yarn and windows != self.past_windows:
+                frequencies, scale = yarn(self.frequencies, self.recipe.softmax_scale, [long for _, long in windows])
+                cos_tk, sin_tk = rotary_table(frequencies.to(self.rotary_cos.device), len(self.rotary_cos))
+                self.rotary_cos.copy_(cos_tk)
+                self.rotary_sin.copy_(sin_tk)
+                self.softmax_scale.fill_(scale)
+            self.past_windows, (short, long) = windows, windows[-1]
+            self.short.fill_(short)
+            self.long.fill_(long)
 
     def attention(self, a_btd: Tensor, layer: int, matrices: tuple[Tensor, ...], extra_v: Tensor | None = None,
                   gate_w: Tensor | None = None, cu_seqlens: Tensor | None = None,
@@ -147,15 +145,17 @@ class GPT(nn.Module):
         if self.recipe.paired_heads and layer in PAIRED_LAYERS:
             q, k = (rotate_pairs(x, self.rotary_cos, self.rotary_sin) for x in (q, k))
             q, k, v = in_pairs(q), in_pairs(k), in_pairs(v)
-            cu_seqlens, max_len = 2 * cu_seqlens, 2 * max_len
         elif self.recipe.positions == "rotary":
             q, k = (rotate(x, self.rotary_cos, self.rotary_sin) for x in (q, k))
         if self.recipe.key_offset and layer in LONG_LAYERS:
             k = offset_keys(k)
         if self.recipe.documents:
-            reach = self.long if layer in LONG_LAYERS else self.short
-            window = reach if self.recipe.windows else max_len
-            y = varlen_attention(q[0], k[0], v[0], cu_seqlens, max_len, window, self.softmax_scale)
+            if self.recipe.windows:
+                window = self.long if layer in LONG_LAYERS else self.short
+            else:
+                window = max_len
+            rows = q.shape[1] // a_btd.shape[1]  # two for every token where heads are paired
+            y = varlen_attention(q[0], k[0], v[0], cu_seqlens, max_len, window, self.softmax_scale, rows)
             y = y.reshape(gathered_v.shape)
         else:
             y = causal_attention(q, k, v, self.recipe.softmax_scale if self.recipe.qk_norm else None)

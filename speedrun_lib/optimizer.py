@@ -157,9 +157,7 @@ class Optimizer(torch.optim.Optimizer):
         lr = torch.full((len(p), 1, 1), group["lr"] * math.sqrt(max(1, p.shape[-2] / p.shape[-1])), device=p.device)
         if self.recipe.normuon:
             lr[1::2] *= group["lr_odd"]
-        old = p
-        if self.recipe.bf16_weights:
-            old = joined(p, state["mantissa"])
+        old = joined(p, state["mantissa"]) if self.recipe.bf16_weights else p
         new = old - update * lr
         if self.recipe.cautious:
             decay = self.recipe.muon_decay * group["lr"] * group["decay"]

@@ -48,7 +48,7 @@ class Recipe:
     windows: bool = False  # attention reaches back a short or a long way, farther in each stage
     yarn: bool = False  # rotary frequencies and the softmax scale follow the window
     key_offset: bool = False  # half of each key comes from the token before
-    paired_heads: bool = False  # in four layers, pairs of heads share queries and keys
+    paired_heads: bool = False  # in four layers, two heads share one softmax over the keys of both
     staged: bool = False  # batch, document length, learning rate and momentum follow the stages
     bf16_weights: bool = False  # weights in bf16; the optimizer keeps the other 16 bits of the matrices
 
@@ -182,13 +182,13 @@ LADDER = (
          changes={"yarn": True, "softmax_scale": 0.1}, at={"nano": {"softmax_scale": 0.4}, "mini": {"softmax_scale": 0.2}}),
     Rung("key_offset", "42_offset_and_pairs", ("49", "62"), "half of each key comes from the token before",
          changes={"key_offset": True}),
-    Rung("paired_heads", "42_offset_and_pairs", ("58",), "pairs of heads share queries and keys",
+    Rung("paired_heads", "42_offset_and_pairs", ("58",), "in four layers, two heads share one softmax over the keys of both",
          changes={"paired_heads": True}),
     Rung("staged", "43_schedules", ("39", "46", "72"), "batch, document length, rate and momentum follow the stages",
          changes={"staged": True, "steps": 1375, "cooldown_frac": 0.6},
          at={"nano": {"steps": 120, "extension": 4, "first_max_len": 112, "momentum_warmup": 30, "momentum_cooldown": 6},
              "mini": {"steps": 1375}}),
-    Rung("bf16_weights", "51_bf16_weights", ("57",), "weights in bf16, with the lost mantissa in the optimizer",
+    Rung("bf16_weights", "51_bf16_weights", ("56", "57"), "weights in bf16, with the lost mantissa in the optimizer",
          changes={"bf16_weights": True}),
 )
 

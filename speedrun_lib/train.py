@@ -32,7 +32,7 @@ from torch import Tensor, nn
 # %% ../nbs/93_train.ipynb #1c8c9b8c
 from .baseline import cosine, decay_groups
 from .data import PARTS, DataError, TokenLoader, find_shards, read_header
-from .documents import DocumentLoader
+from .documents import DocumentLoader, Prefetcher, attention_backend
 from .gpt import build_model
 from .lean import trapezoid
 from .mtp import stage_bounds
@@ -281,8 +281,9 @@ def forward(
 ) -> Tensor:  # loss, a scalar on the device
     "The loss of one part; matrix products in bf16 on a GPU."
     batch = [x.to(world.device, non_blocking=True) if x.dim() else x for x in batch]
-    on_gpu = world.device.type == "cuda"
-    with torch.autocast("cuda", torch.bfloat16, enabled=False if recipe.bf16_weights else on_gpu):
+    if recipe.bf16_weights:
+        return model(*batch)
+    with torch.autocast("cuda", torch.bfloat16, enabled=world.device.type == "cuda"):
         return model(*batch)
 
 
@@ -417,9 +418,13 @@ def train(
     "Train a recipe at a size; raises `DataError` or `RunError` with one line that says what to do."
     train_files, val_files = find_shards(run.data_dir, "train"), find_shards(run.data_dir, "val")
     loader = training_loader(train_files, recipe, size)
+    if recipe.documents:
+        loader = Prefetcher(loader, world.device)
+        numbers = torch.bfloat16 if world.device.type == "cuda" else torch.float32
+        log.text(f"attention: {attention_backend(world.device.type, numbers)}")
     torch.manual_seed(run.seed)
     bare_model = build_model(recipe, size).to(world.device)
-    model = torch.compile(bare_model) if run.compile else bare_model
+    model = torch.compile(bare_model, dynamic=False, fullgraph=True) if run.compile else bare_model
     optimizer = build_optimizer(recipe, bare_model)
     if run.compile:
         log.text("compiling the model and warming up kernels", console=True)
