@@ -557,8 +557,6 @@ def test_a_document_does_not_see_the_one_before(rung):
 @pytest.mark.parametrize("rung", ["documents", "bf16_weights"])
 def test_a_document_gets_the_same_logits_alone_and_in_company(rung):
     model = nano(rung).double()
-    if rung == "bf16_weights":
-        model.set_windows([(16, 48)])
     tokens = torch.arange(24)[None] * 7 % 257
 
     def logits(inputs, borders):

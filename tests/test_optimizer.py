@@ -9,17 +9,17 @@ from speedrun_lib.gpt import build_model
 from speedrun_lib.muon import nesterov, newton_schulz
 from speedrun_lib.optimizer import Optimizer, adam_update, parameter_rules
 from speedrun_lib.polar import polar_express
-from speedrun_lib.recipe import LADDER, SIZES, recipe_for
+from speedrun_lib.recipe import SIZES, recipe_for
 from speedrun_lib.two_speeds import split_step
+from tests.rungs import NAMES, depth
 
-NAMES = [rung.name for rung in LADDER]
+BANKS = {"qk_bank", "vo_bank", "mlp_bank"}
 GROWN = NAMES[NAMES.index("muon"):]
-TABLES = {"lm_head", "embed"}
 
 
 def start(rung, layers=2, steps=9):
     "A shallow network of size nano with its optimizer."
-    recipe = recipe_for(rung, "nano", {"num_layers": str(layers), "steps": str(steps)})
+    recipe = recipe_for(rung, "nano", {"num_layers": str(depth(rung, layers)), "steps": str(steps)})
     torch.manual_seed(0)
     model = build_model(recipe, SIZES["nano"])
     return model, Optimizer(recipe, model)
@@ -29,7 +29,7 @@ def give_gradients(model, seed):
     "Add random gradients to those that wait."
     generator = torch.Generator().manual_seed(seed)
     for p in model.parameters():
-        grad = torch.randn(p.shape, generator=generator)
+        grad = torch.randn(p.shape, generator=generator).to(p.dtype)
         p.grad = grad if p.grad is None else p.grad + grad
 
 
@@ -53,7 +53,7 @@ def test_every_parameter_has_one_rule(rung):
     named = dict(model.named_parameters())
     assert [g["name"] for g in optimizer.param_groups] == list(named)
     assert all(g["params"] == [named[g["name"]]] for g in optimizer.param_groups)
-    assert all((g["rule"] == "muon") == g["name"].endswith("_bank") for g in optimizer.param_groups)
+    assert {g["name"] for g in optimizer.param_groups if g["rule"] == "muon"} == BANKS
     assert set(named) <= set(parameter_rules(optimizer.recipe))
 
 
@@ -62,8 +62,9 @@ def test_who_moves_when(rung):
     model, optimizer = start(rung)
     for step, before, after in go(model, optimizer, range(4)):
         moved = {name for name in after if not torch.equal(before[name], after[name])}
-        rest = TABLES if optimizer.recipe.two_speeds and step % 2 == 0 else set()
-        assert moved == set(after) - rest
+        rest = set(after) - BANKS if optimizer.recipe.two_speeds and step % 2 == 0 else set()
+        # at its tiny rate a smear gate in bf16 may stand still
+        assert set(after) - rest - {"smear_gate"} <= moved <= set(after) - rest
         waiting = {name for name, p in model.named_parameters() if p.grad is not None}
         assert waiting == rest, "gradients that were used are dropped, the others wait"
 
@@ -133,7 +134,8 @@ def test_down_projections_move_twice_as_much():
 
 
 def test_heads_are_orthogonalised_in_pairs():
-    whole, pairs = updates("normuon", "qk_bank"), updates("head_pairs", "qk_bank")
+    whole = updates("normuon", "qk_bank")
+    pairs = updates("head_pairs", "qk_bank").view_as(whole)
     across = [(u[:, :64] @ u[:, 64:].mT).square().mean().sqrt().item() for u in (whole, pairs)]  # two heads: 64 rows
     assert across[1] > 3 * across[0], "a pair of heads knows nothing of the other pair"
     within = pairs.view(-1, 64, 128) @ pairs.view(-1, 64, 128).mT
