@@ -764,7 +764,10 @@ def export_script(
     ])
 
 # %% ../nbs/95_export.ipynb #e8c77653
-MILESTONES = {"0_baseline": "baseline", "1_modern": "softcap", "2_muon": "late_split"}  # file name -> rung
+MILESTONES = {  # file name -> rung
+    "0_baseline": "baseline", "1_modern": "softcap", "2_muon": "late_split", "3_streams": "xsa",
+    "4_attention": "paired_heads", "5_curriculum": "staged",
+}
 
 
 def milestone_paths(folder: Path) -> dict[Path, str]:

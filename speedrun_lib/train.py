@@ -318,6 +318,9 @@ def training_loader(files: list[Path], recipe: Recipe, size: Size) -> TokenLoade
     "The training tokens of a recipe in its order."
     bos = 256 if size.tokenizer == "bytes" else 50_256
     if recipe.documents:
+        if recipe.batch_rows != PARTS:
+            raise RunError(f"packed documents take one row for each of the {PARTS} parts, not {recipe.batch_rows} rows; "
+                           "change seq_len instead of batch_rows")
         return DocumentLoader(files, recipe.seq_len, recipe.max_len, bos, aligned=True)
     return TokenLoader(files, recipe.batch_rows, recipe.seq_len, bos, aligned=False)
 

@@ -270,8 +270,8 @@ def steps_oracle(config: dict, most: int | None = None, every=lambda step, model
             row = {"step": step, "factor": factor, "loss": loss.item() if with_network else None}
             moved = {name: master(model, opt, name) - start[name] for name in ORDER}
             row["distances"] = {name: d.norm().item() for name, d in moved.items() if name != "mlp_bank"}
-            row["distances"] |= {"mlp_up": moved["mlp_bank"][::2].norm().item(),
-                                 "mlp_down": moved["mlp_bank"][1::2].norm().item()}
+            layers = moved["mlp_bank"][: -2 if len(moved["mlp_bank"]) == 24 else None]  # without the unused pair
+            row["distances"] |= {"mlp_up": layers[::2].norm().item(), "mlp_down": layers[1::2].norm().item()}
             out["steps"].append(row | ({"gradient_norms": norms} if norms else {}) | every(step, model, opt))
             print(json.dumps(row), file=sys.stderr, flush=True)
     if with_network and not most:

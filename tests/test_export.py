@@ -55,7 +55,7 @@ def test_scripts_stand_alone_and_are_clean(rung, tmp_path):
     assert "speedrun_lib" not in source and "# %%" not in source and "recipe_for" not in source
 
 
-@pytest.mark.parametrize("rung", ["baseline", "muon"])
+@pytest.mark.parametrize("rung", ["baseline", "muon", "bf16_weights"])
 def test_script_and_package_give_the_same_losses(rung, shards, tmp_path):
     path = tmp_path / f"{rung}.py"
     path.write_text(export_script(rung))

@@ -13,8 +13,9 @@ from speedrun_lib.baseline import GPT2, Block, CausalSelfAttention, cosine, deca
 from speedrun_lib.gpt import GPT, build_model
 from speedrun_lib.lean import causal_attention, lean_mlp, rms_norm, split_heads, trapezoid
 from speedrun_lib.recipe import LADDER, SIZES, recipe_for
+from speedrun_lib.runs import row_borders
 from speedrun_lib.train import World, build_optimizer, train_step
-from tests.rungs import depth, row_args, row_logits
+from tests.rungs import depth, row_logits
 
 BOTH = pytest.mark.parametrize("rung", ["baseline", "lean"])
 EVERY = pytest.mark.parametrize("rung", [rung.name for rung in LADDER])
@@ -64,7 +65,7 @@ def test_a_token_changes_its_own_and_later_logits_only(rung):
 @EVERY
 def test_every_parameter_learns(rung):
     model = woken(nano(rung))
-    extra = () if isinstance(model, GPT2) else row_args(model.recipe, 24)
+    extra = () if isinstance(model, GPT2) else row_borders(model.recipe, 24)
     model(tokens(rows=1), tokens(rows=1, seed=1), *extra).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 

@@ -122,10 +122,16 @@ class TokenLoader:
         self.cursor = cursor
         return rows
 
+    def batch(self, rows: list[list[tuple[int, int]]]) -> tuple[Tensor, ...]:
+        "Inputs and targets of one part, int64 (rows, row_len)."
+        block = [np.concatenate([self.tokens[start:end] for start, end in row]) for row in rows]
+        block_bt = torch.from_numpy(np.stack(block).astype(np.int64))
+        return block_bt[:, :-1].contiguous(), block_bt[:, 1:].contiguous()
+
     def next_step(
         self,
         parts: list[int],  # which of the eight parts to return
-    ) -> list[tuple[Tensor, Tensor]]:  # per part: inputs and targets, int64 (rows / 8, row_len)
+    ) -> list[tuple[Tensor, ...]]:  # per part what `batch` returns
         "The next batch; a shard that cannot fill it is left for the next one, the first one after the last."
         for _ in range(len(self.files) + 1):
             try:
@@ -136,12 +142,8 @@ class TokenLoader:
         else:
             raise DataError(f"no shard of {self.files[0].parent} holds one batch of {self.rows} rows of "
                             f"{self.row_len} tokens; use a smaller batch or more data")
-        size, batches = self.rows // PARTS, []
-        for part in parts:
-            block = [np.concatenate([self.tokens[s:e] for s, e in row]) for row in rows[part * size:(part + 1) * size]]
-            block_bt = torch.from_numpy(np.stack(block).astype(np.int64))
-            batches.append((block_bt[:, :-1].contiguous(), block_bt[:, 1:].contiguous()))
-        return batches
+        size = self.rows // PARTS
+        return [self.batch(rows[part * size:(part + 1) * size]) for part in parts]
 
 
 # ---- 02_baseline ---------------------------------------------------------------------------------
@@ -410,7 +412,7 @@ def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def lr_factor(recipe: Recipe, step: int) -> float:
-    "Factor on every peak learning rate at a step (0..steps - 1), read in the middle of the step."
+    "Factor on every peak learning rate at a step (0..steps - 1); the unstaged ones are read in the middle of the step."
     progress = (step + 0.5) / recipe.steps
     return cosine(progress, recipe.warmup_frac)
 
@@ -512,19 +514,28 @@ class Stopwatch:
         self.started = time.perf_counter()
 
 
+def forward(
+    model: nn.Module,
+    batch: tuple[Tensor, ...],  # one part, from a loader; scalars stay on the CPU
+    world: World,
+) -> Tensor:  # loss, a scalar on the device
+    "The loss of one part; matrix products in bf16 on a GPU."
+    batch = [x.to(world.device, non_blocking=True) if x.dim() else x for x in batch]
+    with torch.autocast("cuda", torch.bfloat16, enabled=world.device.type == "cuda"):
+        return model(*batch)
+
+
 def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    batches: list[tuple[Tensor, Tensor]],  # this process's parts
+    batches: list[tuple[Tensor, ...]],  # this process's parts
     recipe: Recipe,
     world: World,
 ) -> Tensor:  # mean loss of this process's parts, a scalar on the device
     "Accumulate gradients over the parts, average them over the processes, update."
     total = torch.zeros((), device=world.device)
-    for inputs, targets in batches:
-        inputs, targets = inputs.to(world.device, non_blocking=True), targets.to(world.device, non_blocking=True)
-        with torch.autocast("cuda", torch.bfloat16, enabled=world.device.type == "cuda"):
-            loss = model(inputs, targets) / len(batches)
+    for batch in batches:
+        loss = forward(model, batch, world) / len(batches)
         loss.backward()
         total += loss.detach()
     for p in model.parameters():
@@ -536,6 +547,16 @@ def train_step(
     return total
 
 
+def training_loader(files: list[Path], recipe: Recipe) -> TokenLoader:
+    "The training tokens of a recipe in its order."
+    return TokenLoader(files, recipe.batch_rows, recipe.seq_len)
+
+
+def validation_loader(files: list[Path], recipe: Recipe) -> TokenLoader:
+    "Validation tokens from the first on, cut anywhere."
+    return TokenLoader(files, recipe.batch_rows, recipe.seq_len)
+
+
 @torch.no_grad()
 def validate(
     model: nn.Module,
@@ -545,32 +566,57 @@ def validate(
     world: World,
 ) -> float:  # mean cross-entropy in nats
     "Loss over the first `val_tokens` tokens of the validation split, the same rows for any number of processes."
-    loader = TokenLoader(files, recipe.batch_rows, recipe.seq_len)
+    loader = validation_loader(files, recipe)
     available = sum(read_header(path) - 1 for path in files)  # the last token of a shard is only a target
-    steps = max(1, min(size.val_tokens, available) // (recipe.batch_rows * recipe.seq_len))
+    steps = max(1, min(size.val_tokens, available) // (loader.rows * loader.row_len))
     total = torch.zeros((), device=world.device)
+    model.eval()
     for _ in range(steps):
-        for inputs, targets in loader.next_step(world.parts):
-            with torch.autocast("cuda", torch.bfloat16, enabled=world.device.type == "cuda"):
-                total += model(inputs.to(world.device), targets.to(world.device))
+        for batch in loader.next_step(world.parts):
+            total += forward(model, batch, world)
+    model.train()
     return world.average(total / (steps * len(world.parts))).item()
+
+
+def total_steps(recipe: Recipe) -> int:
+    "Scheduled steps, and those after them."
+    return recipe.steps
+
+
+def set_step(
+    step: int,
+    optimizer: torch.optim.Optimizer,
+    recipe: Recipe,
+) -> None:
+    "Bring everything that follows a schedule to a step: network, learning rates, momentum, size of the batch."
+    factor = lr_factor(recipe, step)
+    for group in optimizer.param_groups:
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+
+
+def tokens_before(step: int, recipe: Recipe) -> int:
+    "Training tokens of all steps before one."
+    return step * recipe.batch_rows * recipe.seq_len
 
 
 def warm_up(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    batches: list[tuple[Tensor, Tensor]],  # first parts of the run
+    loader: TokenLoader,
     recipe: Recipe,
     world: World,
 ) -> None:
-    "Compile and run everything once, then restore weights and optimizer state."
-    before = [p.detach().clone() for p in model.parameters()]
-    train_step(model, optimizer, batches, recipe, world)
+    "Compile and run every stage once on the first tokens, then restore weights, optimizer state and position."
+    before, position = [p.detach().clone() for p in model.parameters()], loader.state()
+    for step in (0,):
+        set_step(step, optimizer, recipe)
+        train_step(model, optimizer, loader.next_step(world.parts), recipe, world)
     with torch.no_grad():
-        model(*(x.to(world.device) for x in batches[0]))
         for p, old in zip(model.parameters(), before, strict=True):
             p.copy_(old)
+    optimizer.zero_grad()
     optimizer.state.clear()
+    loader.open(**position)
 
 
 def train(
@@ -582,16 +628,15 @@ def train(
 ) -> float:  # final validation loss in nats
     "Train a recipe at a size; raises `DataError` or `RunError` with one line that says what to do."
     train_files, val_files = find_shards(run.data_dir, "train"), find_shards(run.data_dir, "val")
-    loader = TokenLoader(train_files, recipe.batch_rows, recipe.seq_len)
+    loader = training_loader(train_files, recipe)
     torch.manual_seed(run.seed)
     bare_model = build_model(recipe, size).to(world.device)
-    model = torch.compile(bare_model) if run.compile else bare_model
+    model = torch.compile(bare_model, dynamic=False, fullgraph=True) if run.compile else bare_model
     optimizer = build_optimizer(recipe, bare_model)
     if run.compile:
         log.text("compiling the model and warming up kernels", console=True)
-        position = loader.state()
-        warm_up(model, optimizer, loader.next_step(world.parts), recipe, world)
-        loader.open(**position)
+        warm_up(model, optimizer, loader, recipe, world)
+        validate(model, val_files, recipe, size, world)
 
     identity = {"recipe": dataclasses.asdict(recipe), "size": size.name, "seed": run.seed}
     start, watch = 0, Stopwatch(world.device)
@@ -606,35 +651,33 @@ def train(
             meta = identity | {"step": step, "loader": loader.state(), "train_time_ms": watch.before}
             save_checkpoint(run.run_dir / "checkpoint.safetensors", bare_model, optimizer, meta)
 
-    step_tokens = recipe.batch_rows * recipe.seq_len
+    steps = total_steps(recipe)
     with stop_signals() as caught:
-        for step in range(start, recipe.steps + 1):
-            if step == recipe.steps or (step % run.val_every == 0 and step > start) or step == 0:
+        for step in range(start, steps + 1):
+            set_step(step, optimizer, recipe)
+            if step == steps or (step % run.val_every == 0 and step > start) or step == 0:
                 watch.pause()
                 val_loss = validate(model, val_files, recipe, size, world)
-                log.validation(step, recipe.steps, watch.before, step * step_tokens, val_loss)
+                log.validation(step, steps, watch.before, tokens_before(step, recipe), val_loss)
                 watch.go_on()
-            if step == recipe.steps or (step % run.save_every == 0 and step > start):
+            if step == steps or (step % run.save_every == 0 and step > start):
                 watch.pause()
                 save(step)
                 watch.go_on()
-            if step == recipe.steps:
+            if step == steps:
                 return val_loss
 
-            factor = lr_factor(recipe, step)
-            for group in optimizer.param_groups:
-                group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
             loss = train_step(model, optimizer, loader.next_step(world.parts), recipe, world)
 
             done = step + 1
-            if done % run.log_every == 0 or done == recipe.steps:
+            if done % run.log_every == 0 or done == steps:
                 # one small exchange carries the loss and the wish to stop, so that all processes agree on both
                 mean_loss, stop = world.average(torch.stack([loss, torch.full_like(loss, len(caught))])).tolist()
                 if not math.isfinite(mean_loss):
                     raise RunError(f"the loss is {mean_loss} at step {done}; the last good checkpoint, if any, is in "
                                    f"{run.run_dir}. Likely causes: a learning rate that is too high, or damaged data")
-                log.progress(done, recipe.steps, watch.read(), done * step_tokens, mean_loss)
-                if stop and done < recipe.steps:
+                log.progress(done, steps, watch.read(), tokens_before(done, recipe), mean_loss)
+                if stop and done < steps:
                     watch.pause()
                     save(done)
                     log.text(f"stopped by a signal after step {done}", console=True)
