@@ -654,7 +654,10 @@ def fold(
         mentioned = frozenset((k, v) for k, v in choices.items() if k in facts(statement).fields)
         body += fold_choices(statement, mentioned) if mentioned else [statement]
     while edit := DeadCode(body := reached(body, entries), before).find():
-        body = [new for old in body for new in edit.apply(old)]
+        edited = [new for old in body for new in edit.apply(old)]
+        if len(edited) == len(body) and all(new is old for new, old in zip(edited, body, strict=True)):
+            raise ExportError(f"dead code that cannot be taken apart ({edit}); assign one name at a time")
+        body = edited
     return module.with_changes(body=body)
 
 # %% ../nbs/95_export.ipynb #446ce0c8

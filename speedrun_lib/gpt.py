@@ -61,7 +61,8 @@ class GPT(nn.Module):
             self.softmax_scale = torch.tensor(recipe.softmax_scale)
         if recipe.windows:
             self.short, self.long = torch.zeros((), dtype=torch.int32), torch.zeros((), dtype=torch.int32)
-            self.past_windows: list[tuple[int, int]] = []
+        if recipe.yarn:
+            self.past_windows: list[tuple[int, int]] = []  # those that the rotary tables follow
         if recipe.mtp:
             self.at_step(0)
         if recipe.bf16_weights:
@@ -123,12 +124,13 @@ class GPT(nn.Module):
         if self.recipe.windows:
             windows = stage_windows(step, self.recipe.steps, self.recipe.window_block)
             if self.recipe.yarn and windows != self.past_windows:
+                self.past_windows = windows
                 frequencies, scale = yarn(self.frequencies, self.recipe.softmax_scale, [long for _, long in windows])
                 cos_tk, sin_tk = rotary_table(frequencies.to(self.rotary_cos.device), len(self.rotary_cos))
                 self.rotary_cos.copy_(cos_tk)
                 self.rotary_sin.copy_(sin_tk)
                 self.softmax_scale.fill_(scale)
-            self.past_windows, (short, long) = windows, windows[-1]
+            short, long = windows[-1]
             self.short.fill_(short)
             self.long.fill_(long)
 

@@ -1145,7 +1145,7 @@ class GPT(nn.Module):
         # run-time values in CPU scalars: a compiled network reads them, and does not compile again when they change
         self.softmax_scale = torch.tensor(recipe.softmax_scale)
         self.short, self.long = torch.zeros((), dtype=torch.int32), torch.zeros((), dtype=torch.int32)
-        self.past_windows: list[tuple[int, int]] = []
+        self.past_windows: list[tuple[int, int]] = []  # those that the rotary tables follow
         self.at_step(0)
 
     def make_banks(self, layers: int, d: int) -> None:
@@ -1181,12 +1181,13 @@ class GPT(nn.Module):
         self.mtp_weights = torch.tensor(mtp_weights(step, self.recipe.steps), device=self.embed.device)
         windows = stage_windows(step, self.recipe.steps, self.recipe.window_block)
         if windows != self.past_windows:
+            self.past_windows = windows
             frequencies, scale = yarn(self.frequencies, self.recipe.softmax_scale, [long for _, long in windows])
             cos_tk, sin_tk = rotary_table(frequencies.to(self.rotary_cos.device), len(self.rotary_cos))
             self.rotary_cos.copy_(cos_tk)
             self.rotary_sin.copy_(sin_tk)
             self.softmax_scale.fill_(scale)
-        self.past_windows, (short, long) = windows, windows[-1]
+        short, long = windows[-1]
         self.short.fill_(short)
         self.long.fill_(long)
 
@@ -1667,6 +1668,9 @@ def train_step(
 def training_loader(files: list[Path], recipe: Recipe, size: Size) -> TokenLoader:
     "The training tokens of a recipe in its order."
     bos = 256 if size.tokenizer == "bytes" else 50_256
+    if recipe.batch_rows != PARTS:
+        raise RunError(f"packed documents take one row for each of the {PARTS} parts, not {recipe.batch_rows} rows; "
+                       "change seq_len instead of batch_rows")
     return DocumentLoader(files, recipe.seq_len, recipe.max_len, bos, aligned=True)
 
 

@@ -1129,6 +1129,7 @@ class Recipe:
     rotary_base: float = 1024.0  # the slowest rotary pair turns 1/rotary_base radians per token
     softmax_scale: float = 0.12  # factor on the scores of normed queries and keys
     seq_len: int = 1024  # tokens per row
+    batch_rows: int = 512  # rows per optimizer step over all processes
     steps: int = 19_560  # optimizer steps
     cooldown_frac: float = 0.0  # share of steps with a falling learning rate (trapezoid only)
     adam_lr: float = 6e-4  # peak learning rate of AdamW
@@ -1189,7 +1190,7 @@ class GPT(nn.Module):
         # run-time values in CPU scalars: a compiled network reads them, and does not compile again when they change
         self.softmax_scale = torch.tensor(recipe.softmax_scale)
         self.short, self.long = torch.zeros((), dtype=torch.int32), torch.zeros((), dtype=torch.int32)
-        self.past_windows: list[tuple[int, int]] = []
+        self.past_windows: list[tuple[int, int]] = []  # those that the rotary tables follow
         self.at_step(0)
 
     def make_banks(self, layers: int, d: int) -> None:
@@ -1225,12 +1226,13 @@ class GPT(nn.Module):
         self.mtp_weights = torch.tensor(mtp_weights(step, self.recipe.steps), device=self.embed.device)
         windows = stage_windows(step, self.recipe.steps, self.recipe.window_block)
         if windows != self.past_windows:
+            self.past_windows = windows
             frequencies, scale = yarn(self.frequencies, self.recipe.softmax_scale, [long for _, long in windows])
             cos_tk, sin_tk = rotary_table(frequencies.to(self.rotary_cos.device), len(self.rotary_cos))
             self.rotary_cos.copy_(cos_tk)
             self.rotary_sin.copy_(sin_tk)
             self.softmax_scale.fill_(scale)
-        self.past_windows, (short, long) = windows, windows[-1]
+        short, long = windows[-1]
         self.short.fill_(short)
         self.long.fill_(long)
 
@@ -1710,6 +1712,9 @@ def train_step(
 def training_loader(files: list[Path], recipe: Recipe, size: Size) -> TokenLoader:
     "The training tokens of a recipe in its order."
     bos = 256 if size.tokenizer == "bytes" else 50_256
+    if recipe.batch_rows != PARTS:
+        raise RunError(f"packed documents take one row for each of the {PARTS} parts, not {recipe.batch_rows} rows; "
+                       "change seq_len instead of batch_rows")
     return DocumentLoader(files, recipe.seq_len, recipe.max_len, bos, aligned=True)
 
 
@@ -1910,6 +1915,7 @@ RECIPES = {
         rotary_base=1024.0,
         softmax_scale=0.4,
         seq_len=256,
+        batch_rows=8,
         steps=120,
         cooldown_frac=0.6,
         adam_lr=0.016,
@@ -1933,6 +1939,7 @@ RECIPES = {
         rotary_base=1024.0,
         softmax_scale=0.2,
         seq_len=4096,
+        batch_rows=8,
         steps=1375,
         cooldown_frac=0.6,
         adam_lr=0.008,
@@ -1956,6 +1963,7 @@ RECIPES = {
         rotary_base=1024.0,
         softmax_scale=0.1,
         seq_len=16384,
+        batch_rows=8,
         steps=1375,
         cooldown_frac=0.6,
         adam_lr=0.008,
