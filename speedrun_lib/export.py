@@ -529,6 +529,9 @@ class Edit(cst.CSTTransformer):
         bare_star = isinstance(changed.star_arg, cst.ParamStar) and not changed.kwonly_params
         return changed.with_changes(star_arg=cst.MaybeSentinel.DEFAULT) if bare_star else changed
 
+    def leave_AnnAssign(self, original_node, updated_node):
+        return cst.RemoveFromParent() if original_node.target in self.forget else updated_node
+
     def leave_Assign(self, original_node, updated_node):
         old = [target for target, _ in pairs(original_node)]
         if self.forget.isdisjoint(old):
@@ -654,10 +657,7 @@ def fold(
         mentioned = frozenset((k, v) for k, v in choices.items() if k in facts(statement).fields)
         body += fold_choices(statement, mentioned) if mentioned else [statement]
     while edit := DeadCode(body := reached(body, entries), before).find():
-        edited = [new for old in body for new in edit.apply(old)]
-        if len(edited) == len(body) and all(new is old for new, old in zip(edited, body, strict=True)):
-            raise ExportError(f"dead code that cannot be taken apart ({edit}); assign one name at a time")
-        body = edited
+        body = [new for old in body for new in edit.apply(old)]
     return module.with_changes(body=body)
 
 # %% ../nbs/95_export.ipynb #446ce0c8

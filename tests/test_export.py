@@ -159,6 +159,26 @@ def main():
     assert space["main"]() == ["a"]
 
 
+def test_an_annotated_attribute_that_nobody_reads_disappears():
+    source = """
+class Net:
+    def __init__(self):
+        self.past: list = []
+
+    def go(self, recipe, windows):
+        if recipe.a and windows != self.past:
+            print(windows)
+        self.past, (first, last) = windows, windows[-1]
+        return first + last
+
+
+def main(recipe):
+    return Net().go(recipe, [(1, 2)])
+"""
+    code = fold(cst.parse_module(source), {"a": False}, ["main"]).code
+    assert "past" not in code and "first, last = windows[-1]" in code.replace("(first, last)", "first, last")
+
+
 @pytest.mark.parametrize("source, message", [
     ("from .other import *\n\ndef main(): ...\n", "star import"),
     ("def main(recipe):\n    return getattr(recipe, 'model')\n", "write recipe.<field>"),

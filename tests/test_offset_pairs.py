@@ -137,10 +137,10 @@ def watch(monkeypatch, model, identity=False):
     "Logits, and what every layer hands to attention; `identity`: attention returns the values."
     calls = []
 
-    def watched(q, k, v, cu_seqlens, max_len, window, scale):
-        calls.append({"q": q, "k": k, "v": v, "borders": cu_seqlens.tolist(), "max_len": int(max_len),
+    def watched(q, k, v, cu_seqlens, max_len, window, scale, rows):
+        calls.append({"q": q, "k": k, "v": v, "borders": (rows * cu_seqlens).tolist(), "max_len": rows * int(max_len),
                       "window": int(window), "scale": float(scale)})
-        return v if identity else varlen_attention(q, k, v, cu_seqlens, max_len, window, scale)
+        return v if identity else varlen_attention(q, k, v, cu_seqlens, max_len, window, scale, rows)
 
     monkeypatch.setattr(gpt, "varlen_attention", watched)
     tokens = torch.randint(0, 257, (1, TOKENS), generator=torch.Generator().manual_seed(1))

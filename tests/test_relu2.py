@@ -74,7 +74,7 @@ def test_second_moment_of_normal_inputs():
 
 def test_the_rung_uses_it_and_the_one_before_does_not(monkeypatch):
     tokens, calls = torch.arange(12).view(1, 12), []
-    monkeypatch.setattr("speedrun_lib.gpt.relu2_mlp", lambda *args: calls.append(1) or relu2_mlp(*args))
+    monkeypatch.setattr("speedrun_lib.gpt.relu2_mlp", lambda *args, **kw: calls.append(1) or relu2_mlp(*args, **kw))
     outputs = {}
     for rung in ("qk_norm", "relu2"):
         torch.manual_seed(0)
@@ -87,7 +87,7 @@ def test_the_rung_uses_it_and_the_one_before_does_not(monkeypatch):
 
 def test_the_mlp_reads_the_normed_stream(monkeypatch):
     seen = []
-    monkeypatch.setattr("speedrun_lib.gpt.relu2_mlp", lambda x, u, d: seen.append(x) or relu2_mlp(x, u, d))
+    monkeypatch.setattr("speedrun_lib.gpt.relu2_mlp", lambda x, **kw: seen.append(x) or relu2_mlp(x, **kw))
     torch.manual_seed(0)
     model = build_model(recipe_for("relu2", "nano", {"num_layers": "2"}), SIZES["nano"])
     with torch.no_grad():

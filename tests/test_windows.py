@@ -179,8 +179,6 @@ def test_the_last_validation_widens_the_long_layers_only():
     assert windows_of(model) == [320 if layer in (3, 10) else 96 for layer in ATTENTION_LAYERS]
 
 
-@pytest.mark.xfail(raises=AttributeError, strict=True,
-                   reason="GPT.attention reads self.short before it asks recipe.windows; drop this mark when repaired")
 def test_without_the_rung_the_longest_document_is_the_limit():
     assert set(windows_of(network("documents"))) == {32}
 
