@@ -59,12 +59,13 @@ def test_scripts_stand_alone_and_are_clean(rung, tmp_path):
 def test_script_and_package_give_the_same_losses(rung, shards, tmp_path):
     path = tmp_path / f"{rung}.py"
     path.write_text(export_script(rung))
-    args = ["--size", "nano", "--steps", "4", "--device", "cpu", "--data", str(shards)]
+    steps = "1" if rung == "bf16_weights" else "4"  # the last rung adds its four steps after the schedule
+    args = ["--size", "nano", "--steps", steps, "--device", "cpu", "--data", str(shards)]
     done = run_script(path, *args, "--out", str(tmp_path / "script"))
     assert done.returncode == 0, done.stderr
     torch.set_num_threads(1)
     run = Run(shards, tmp_path / "package", log_every=1)
-    train(recipe_for(rung, "nano", {"steps": "4"}), SIZES["nano"], run, join_world("cpu"), RunLog(run.run_dir, 0))
+    train(recipe_for(rung, "nano", {"steps": steps}), SIZES["nano"], run, join_world("cpu"), RunLog(run.run_dir, 0))
     ours, theirs = read_log(tmp_path / "package"), read_log(tmp_path / "script")
     assert ours[["train_loss", "val_loss"]].equals(theirs[["train_loss", "val_loss"]])
     assert (tmp_path / "script/log.txt").read_text().startswith(path.read_text()), "a script prints itself into its log"

@@ -13,7 +13,6 @@ from speedrun_lib.logits import softcap
 from speedrun_lib.mtp import mtp_losses, mtp_weights, stage_at, stage_bounds
 from speedrun_lib.recipe import SIZES, recipe_for
 from speedrun_lib.train import World, forward, set_step, train_step
-from tests.oracle import fill, load, network, tokens_of
 
 CPU = World(0, 1, torch.device("cpu"))
 SHOWN = torch.tensor([1, 0.5, 0.25], dtype=torch.float64)
@@ -82,22 +81,6 @@ def test_oracle_weights_of_record_89(step, expected):
 def test_oracle_borders():
     "Section 6; the middle border is the split step, made odd."
     assert stage_bounds(1375) == (458, 917, 1375) and stage_bounds(1270) == (423, 847, 1270)
-
-
-def test_oracle_first_and_last_training_rows_of_the_network():
-    "Section 13: the record's network on 64 hashed tokens."
-    model = network(load(None), 82)
-    fill(model)
-    model.short.fill_(8)
-    model.long.fill_(24)
-    stream = tokens_of(200, 65)[None]
-    borders = torch.tensor([0, 20, 50, 64, 64, 64, 64, 64], dtype=torch.int32)
-    with torch.no_grad():
-        z = model.logits(stream[:, :-1], borders, torch.tensor(64, dtype=torch.int32))
-    losses = mtp_losses(z, stream[:, 1:], SHOWN)[0]
-    close(losses[:3], [11.15728441, 11.06588550, 11.50489859], 8)
-    close(losses[-3:], [10.55993294, 10.66061566, 6.37798253], 8)
-    close(losses.sum(), 711.797815, 6)
 
 
 # ---- stages
