@@ -62,7 +62,7 @@ SMALL = ["--size", "nano", "--set", "seq_len=64", "--set", "num_layers=2"]
 
 SHALLOW = [name for name in NAMES if depth(name, 2) == 2]
 # a choice of the deep ones: each holds all below it
-DEEP = ["backout", "ve_gates", "bigram", "mtp", "xsa", "documents", "yarn", "staged", "bf16_weights"]
+DEEP = ["backout", "bigram", "xsa", "documents", "staged", "bf16_weights"]
 
 
 @pytest.mark.parametrize("rung", SHALLOW + DEEP)
@@ -131,7 +131,7 @@ def test_a_run_is_never_overwritten(shards, tmp_path):
 def test_any_number_of_processes_agrees(shards, tmp_path, rung, worlds):
     "The rung `staged` also goes through its three stages, and splits its head."
     small = ["--size", "nano", "--set", "seq_len=64", "--set", f"num_layers={depth(rung, 2)}", "--set", "val_len=256"]
-    steps = "5" if rung == "muon" else "3"  # four more after the schedule
+    steps = "5" if rung == "muon" else "2"  # four more after the schedule
     base = ["train", rung, *small, "--steps", steps, "--device", "cpu", "--data", str(shards), "--val-every", "100"]
     losses = {}
     for n in worlds:
@@ -142,7 +142,7 @@ def test_any_number_of_processes_agrees(shards, tmp_path, rung, worlds):
         assert done.returncode == 0, done.stderr[-2000:]
         log = read_log(out)
         losses[n] = torch.tensor([*log.train_loss.dropna(), *log.val_loss.dropna()])
-    assert len(losses[1]) >= 7
+    assert len(losses[1]) >= 6
     for n in worlds[1:]:
         torch.testing.assert_close(losses[n], losses[1], rtol=0, atol=5e-4)
 
