@@ -569,7 +569,7 @@ def fixed(values: Iterable[cst.BaseExpression | None]) -> Any:
 
 # %% ../nbs/95_export.ipynb #c1106e9d
 class DeadCode:
-    "Finds what pruning has left without use: parameters, attributes and variables."
+    "Finds what pruning has left without use: parameters, attributes, methods and variables."
 
     def __init__(self, body: Sequence[cst.BaseStatement], before: Survey):
         self.survey, self.before, self.edit = Survey(body), before, Edit()  # dead: what lost its use since `before`
@@ -578,8 +578,10 @@ class DeadCode:
         "The changes that remove it."
         for name, function in self.functions():
             self.find_parameters(name, function)
-        for name in self.before.loads.keys() - self.survey.loads.keys():
+        unread = self.before.loads.keys() - self.survey.loads.keys()
+        for name in unread:
             self.edit.forget.update(self.survey.stores[name])
+        self.edit.drop |= {method for method in self.methods() if method.name.value in unread}
         for target, value in self.survey.values.items():
             if isinstance(target, cst.Name):
                 self.find_variable(target)
@@ -594,6 +596,12 @@ class DeadCode:
             for function in members:
                 if isinstance(function, cst.FunctionDef) and (function is statement or function.name.value == "__init__"):
                     yield statement.name.value, function
+
+    def methods(self) -> Iterator[cst.FunctionDef]:
+        "Methods of global classes."
+        for statement in self.survey.body:
+            if isinstance(statement, cst.ClassDef):
+                yield from (member for member in statement.body.body if isinstance(member, cst.FunctionDef))
 
     def calls_of(self, name: str) -> list[cst.Call] | None:
         "All calls of a global function or class; `None` when it is also used in another way."

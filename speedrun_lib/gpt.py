@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from .baseline import GPT2
 from .bigram import bigram_rows
 from .documents import varlen_attention
+from .fp8 import fp8_head, uses_fp8
+from .fused import fused_head_loss, fused_relu2_mlp
 from .init import padded, uniform_weights
 from .lean import causal_attention, lean_mlp, rms_norm, split_heads
 from .logits import softcap
@@ -25,6 +27,7 @@ from .qk_norm import norm_queries_keys
 from .recipe import Recipe, Size
 from .relu2 import relu2_mlp
 from .rotary import rotary_frequencies, rotary_table, rotate
+from .sharded import divisible
 from .smear import gated_heads, smear
 from .streams import GATE_DIMS, LATE_FROM, SKIP_FROM, SKIP_TO, initial_scalars, skip_strength
 from .value_embeds import VALUE_LAYERS, gated_values, value_rows
@@ -74,6 +77,8 @@ class GPT(nn.Module):
         "The matrices of all layers stacked by shape, so that the optimizer handles each shape in one call."
         with_attention = layers - 1 if self.recipe.gated_skip else layers
         shapes = (2 * with_attention, d, d), (2 * with_attention, d, d), (2 * layers, 4 * d, d)
+        if self.recipe.sharded:  # unused matrices at the end, so that eight processes can share
+            shapes = shapes[0], *(divisible(shape) for shape in shapes[1:])
         if self.recipe.init == "gpt2":
             qk, vo, mlp = (torch.randn(shape) * 0.02 for shape in shapes)
             vo[1::2] /= math.sqrt(2 * layers)  # projections into the stream start smaller, as in GPT-2
@@ -85,6 +90,9 @@ class GPT(nn.Module):
                 vo[1::2] = 0
         if self.recipe.head_pairs:
             qk = qk.view(-1, 2 * d // self.recipe.num_heads, d)
+        if self.recipe.sharded:
+            qk = torch.cat([qk, torch.zeros(divisible(qk.shape)[0] - len(qk), *qk.shape[1:])])
+            vo[2 * with_attention :] = 0
         self.qk_bank, self.vo_bank, self.mlp_bank = nn.Parameter(qk), nn.Parameter(vo), nn.Parameter(mlp)
 
     def make_streams(self, layers: int, d: int, vocab_size: int) -> None:
@@ -120,7 +128,9 @@ class GPT(nn.Module):
 
     def at_step(self, step: int) -> None:
         "Set what depends on the step: weights of the targets, windows, and what follows the long window."
-        self.mtp_weights = torch.tensor(mtp_weights(step, self.recipe.steps), device=self.embed.device)
+        weights = mtp_weights(step, self.recipe.steps)
+        # always three of them: a compiled network wants one shape
+        self.mtp_weights = torch.tensor(weights + [0.0] * (3 - len(weights)), device=self.embed.device)
         if self.recipe.windows:
             windows = stage_windows(step, self.recipe.steps, self.recipe.window_block)
             if self.recipe.yarn and windows != self.past_windows:
@@ -167,8 +177,8 @@ class GPT(nn.Module):
             y = gated_heads(y, a_btd, gate_w)
         return y
 
-    def logits(self, inputs_bt: Tensor, cu_seqlens: Tensor | None = None, max_len: Tensor | None = None) -> Tensor:
-        "Scores of every next token, (b, t, v)."
+    def hidden(self, inputs_bt: Tensor, cu_seqlens: Tensor | None = None, max_len: Tensor | None = None) -> Tensor:
+        "What the head reads, (b, t, d)."
         last = self.recipe.num_layers - 1
         x_btd = self.embed[inputs_bt]
         if self.recipe.positions == "learned":
@@ -190,7 +200,11 @@ class GPT(nn.Module):
             values = dict(zip(VALUE_LAYERS, value_rows(self.value_embeds, inputs_bt), strict=True))
         if self.recipe.mudd:
             start_btd = x_btd
-        qk, vo = self.qk_bank.view(-1, *self.vo_bank.shape[1:]).unbind(), self.vo_bank.unbind()
+        if self.recipe.sharded:
+            used = 2 * (self.recipe.num_layers - 1) * self.vo_bank.shape[1] // self.qk_bank.shape[1]
+            qk, vo = self.qk_bank[:used].view(-1, *self.vo_bank.shape[1:]).unbind(), self.vo_bank.unbind()
+        else:
+            qk, vo = self.qk_bank.view(-1, *self.vo_bank.shape[1:]).unbind(), self.vo_bank.unbind()
         mlp, outputs = self.mlp_bank.unbind(), []
         for i in range(self.recipe.num_layers):
             if self.recipe.lambdas:
@@ -228,7 +242,9 @@ class GPT(nn.Module):
                     else:
                         entering_btd = x0_lambdas[i] * x0_btd
                     x_btd = x_btd + entering_btd
-            if self.recipe.activation == "relu2":
+            if self.recipe.fused_mlp:
+                y_btd = fused_relu2_mlp(rms_norm(x_btd), up_w=mlp[2 * i], down_w=mlp[2 * i + 1])
+            elif self.recipe.activation == "relu2":
                 y_btd = relu2_mlp(rms_norm(x_btd), up_w=mlp[2 * i], down_w=mlp[2 * i + 1])
             else:
                 y_btd = lean_mlp(rms_norm(x_btd), up_w=mlp[2 * i], down_w=mlp[2 * i + 1])
@@ -242,13 +258,23 @@ class GPT(nn.Module):
             sources = start_btd, outputs[LATE_FROM], outputs[last - 1], values[VALUE_LAYERS[0]], outputs[SKIP_FROM]
             for weight, source_btd in zip(m, sources, strict=True):
                 x_btd = x_btd + weight * source_btd
-        x_btd = rms_norm(x_btd)
-        z_btv = x_btd @ self.lm_head if self.recipe.head != "tied" else F.linear(x_btd, self.embed)
+        return rms_norm(x_btd)
+
+    def logits(self, inputs_bt: Tensor, cu_seqlens: Tensor | None = None, max_len: Tensor | None = None) -> Tensor:
+        "Scores of every next token, (b, t, v)."
+        x_btd = self.hidden(inputs_bt, cu_seqlens, max_len)
+        if self.recipe.fp8_head and not self.recipe.fused_loss and self.training and uses_fp8(x_btd.device.type):
+            z_btv = fp8_head(x_btd[0], self.lm_head)[None]
+        else:
+            z_btv = x_btd @ self.lm_head if self.recipe.head != "tied" else F.linear(x_btd, self.embed)
         return softcap(z_btv) if self.recipe.capped else z_btv
 
     def forward(self, inputs_bt: Tensor, targets_bt: Tensor, cu_seqlens: Tensor | None = None,
                 max_len: Tensor | None = None) -> Tensor:
         "Mean cross-entropy of the next token in nats, a scalar; with several targets the weighted sum over all tokens."
+        if self.recipe.fused_loss and self.training:
+            x_btd = self.hidden(inputs_bt, cu_seqlens, max_len)
+            return fused_head_loss(x_btd[0], self.lm_head, targets_bt[0], self.mtp_weights)
         z_btv = self.logits(inputs_bt, cu_seqlens, max_len).float()
         if self.recipe.mtp and self.training:
             return mtp_losses(z_btv, targets_bt, self.mtp_weights).sum()

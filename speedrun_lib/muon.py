@@ -32,8 +32,8 @@ def newton_schulz(
 def nesterov(
     buffer: Tensor,  # running mean of gradients, changed in place
     grad: Tensor,  # like buffer
-    momentum: float,  # decay of the mean, 0..1
+    momentum: float | Tensor,  # decay of the mean, 0..1; a scalar
 ) -> Tensor:  # like buffer: the mean one step ahead
     "Momentum that looks one step ahead (Nesterov's form)."
-    buffer.lerp_(grad, 1 - momentum)
-    return grad.lerp(buffer, momentum)
+    buffer += (1 - momentum) * (grad - buffer)
+    return buffer + (1 - momentum) * (grad - buffer)

@@ -50,7 +50,13 @@ class Recipe:
     key_offset: bool = False  # half of each key comes from the token before
     paired_heads: bool = False  # in four layers, two heads share one softmax over the keys of both
     staged: bool = False  # batch, document length, learning rate and momentum follow the stages
+    fp8_head: bool = False  # the head's three products in 8-bit numbers
     bf16_weights: bool = False  # weights in bf16; the optimizer keeps the other 16 bits of the matrices
+    symmetric: bool = False  # only half of a symmetric product is computed; transposes have kernels of their own
+    fused_mlp: bool = False  # the MLP's first product and its activation are one kernel
+    fused_loss: bool = False  # softcap, loss and its gradient are one kernel over the logits
+    sharded: bool = False  # each process updates its share of the large parameters
+    sparse_bigram: bool = False  # of the bigram table's gradient, only rows in use travel
 
     num_layers: int = 12  # transformer blocks
     num_heads: int = 12  # attention heads; the head dimension is model_dim / num_heads
@@ -188,8 +194,17 @@ LADDER = (
          changes={"staged": True, "steps": 1375, "cooldown_frac": 0.6},
          at={"nano": {"steps": 120, "extension": 4, "first_max_len": 112, "momentum_warmup": 30, "momentum_cooldown": 6},
              "mini": {"steps": 1375}}),
+    Rung("fp8_head", "50_fp8_head", ("19", "51"), "the head multiplies 8-bit numbers", changes={"fp8_head": True}),
     Rung("bf16_weights", "51_bf16_weights", ("56", "57"), "weights in bf16, with the lost mantissa in the optimizer",
          changes={"bf16_weights": True}),
+    Rung("symmetric", "52_symmetric", ("27", "69", "74", "76"), "half of a symmetric product is enough", changes={"symmetric": True}),
+    Rung("fused_mlp", "53_fused", ("59",), "first product of the MLP and activation in one kernel", changes={"fused_mlp": True}),
+    Rung("fused_loss", "53_fused", ("60", "67", "75", "79"), "softcap, loss and gradient in one pass over the logits",
+         changes={"fused_loss": True}),
+    Rung("sharded", "54_sharded", ("6", "22", "23", "24", "32", "36", "44", "61"),
+         "each process updates its share of the large parameters", changes={"sharded": True}),
+    Rung("sparse_bigram", "55_sparse", ("71",), "only rows in use of the bigram table's gradient travel",
+         changes={"sparse_bigram": True}),
 )
 
 # %% ../nbs/90_recipe.ipynb #22763e3d

@@ -89,7 +89,7 @@ def join_world(
     if size > 1 and not dist.is_initialized():
         # NCCL refuses two processes on one GPU; gloo serves there, and on CPUs
         own_gpu = place.type == "cuda" and size <= torch.cuda.device_count()
-        dist.init_process_group("nccl" if own_gpu else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if own_gpu else "gloo")
     return World(rank, size, place)
 
 # %% ../nbs/93_train.ipynb #adf02c1b
@@ -158,10 +158,10 @@ class RunLog:
         self.record(step=step, val_loss=val_loss, train_time_ms=train_time_ms, tokens=tokens)
 
 # %% ../nbs/93_train.ipynb #0cd1c428
-def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(recipe: Recipe, model: nn.Module, compile: bool = False) -> torch.optim.Optimizer:
     "PyTorch's AdamW, or from the rung `muon` on the optimizer that grows."
     if recipe.optimizer == "muon":
-        return Optimizer(recipe, model)
+        return Optimizer(recipe, model, compile)
     groups = decay_groups(model, recipe.weight_decay)
     return torch.optim.AdamW(groups, lr=recipe.adam_lr, betas=(recipe.adam_beta1, recipe.adam_beta2), fused=True)
 
@@ -181,13 +181,20 @@ def save_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     meta: dict[str, Any],  # JSON-serialisable: step, loader position, recipe, size
+    recipe: Recipe,
+    world: World,
 ) -> None:
-    "Write weights, optimizer state and position atomically."
+    "Write weights, optimizer state and position atomically; every process has to call, the first one writes."
     tensors = {f"model.{name}": p.detach() for name, p in model.state_dict().items()}
     for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-        tensors |= {f"optimizer.{i}.{key}": value for key, value in optimizer.state[p].items()}
+        state = optimizer.whole_state(p) if recipe.optimizer == "muon" else optimizer.state[p]
+        tensors |= {f"optimizer.{i}.{key}": value for key, value in state.items()}
         if p.grad is not None:  # waits for the next step
-            tensors[f"gradient.{i}"] = p.grad
+            tensors[f"gradient.{i}"] = world.average(p.grad)
+    if recipe.sparse_bigram:  # every process now has the rows of all
+        optimizer.sparse.mark_gradient(model.bigram_embed.grad)
+    if world.rank:
+        return
     partial = path.with_suffix(".partial")
     save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata={"run": json.dumps(meta)})
     with partial.open("rb") as file:
@@ -213,6 +220,7 @@ def load_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     expected: dict[str, Any],  # metadata that must agree, e.g. the recipe
+    recipe: Recipe,
 ) -> dict[str, Any]:  # the metadata
     "Put a checkpoint's weights and optimizer state in place; raises `RunError` when it belongs to another run."
     tensors, meta = read_checkpoint(path)
@@ -223,10 +231,14 @@ def load_checkpoint(
     for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
         prefix = f"optimizer.{i}."
         state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        # AdamW's step counter stays where the optimizer put it: on the parameter's device when fused
-        optimizer.state[p] = {k: v.to(p.device) for k, v in state.items()}
+        if recipe.optimizer == "muon":
+            optimizer.set_state(p, {k: v.to(p.device) if v.dim() else v for k, v in state.items()})
+        else:  # AdamW's step counter stays where it was: on the parameter's device when fused
+            optimizer.state[p] = {k: v.to(p.device) for k, v in state.items()}
         if f"gradient.{i}" in tensors:
             p.grad = tensors[f"gradient.{i}"].to(p.device)
+    if recipe.sparse_bigram:
+        optimizer.sparse.mark_gradient(model.bigram_embed.grad)
     return meta
 
 # %% ../nbs/93_train.ipynb #158026ed
@@ -281,6 +293,9 @@ def forward(
 ) -> Tensor:  # loss, a scalar on the device
     "The loss of one part; matrix products in bf16 on a GPU."
     batch = [x.to(world.device, non_blocking=True) if x.dim() else x for x in batch]
+    if recipe.staged:  # one compiled network for parts of every length
+        for x in batch[:3]:
+            torch._dynamo.mark_dynamic(x, x.dim() - 1)
     if recipe.bf16_weights:
         return model(*batch)
     with torch.autocast("cuda", torch.bfloat16, enabled=world.device.type == "cuda"):
@@ -296,13 +311,18 @@ def train_step(
 ) -> Tensor:  # mean loss of this process's parts, a scalar on the device
     "Accumulate gradients over the parts, average them over the processes, update."
     total = torch.zeros((), device=world.device)
+    if recipe.sparse_bigram:
+        optimizer.announce_rows([batch[0] for batch in batches])
     for batch in batches:
         loss = forward(model, batch, recipe, world) / len(batches)
+        if recipe.sparse_bigram:
+            optimizer.sparse.exchange_rows()
         loss.backward()
         total += loss.detach() / batch[0].numel() if recipe.mtp else loss.detach()
     if recipe.optimizer == "muon":
-        for group in optimizer.due():
-            world.average(group["params"][0].grad)
+        if not recipe.sharded:
+            for group in optimizer.due():
+                world.average(group["params"][0].grad)
         optimizer.step()
     else:
         for p in model.parameters():
@@ -408,6 +428,8 @@ def warm_up(
             p.copy_(old)
     optimizer.zero_grad()
     optimizer.state.clear()
+    if recipe.sparse_bigram:
+        optimizer.sparse.used.zero_()
     loader.open(**position)
 
 # %% ../nbs/93_train.ipynb #74aeba46
@@ -428,7 +450,7 @@ def train(
     torch.manual_seed(run.seed)
     bare_model = build_model(recipe, size).to(world.device)
     model = torch.compile(bare_model, dynamic=False, fullgraph=True) if run.compile else bare_model
-    optimizer = build_optimizer(recipe, bare_model)
+    optimizer = build_optimizer(recipe, bare_model, run.compile)
     if run.compile:
         log.text("compiling the model and warming up kernels", console=True)
         warm_up(model, bare_model, optimizer, loader, recipe, world)
@@ -437,15 +459,14 @@ def train(
     identity = {"recipe": dataclasses.asdict(recipe), "size": size.name, "seed": run.seed}
     start, watch = 0, Stopwatch(world.device)
     if run.resume:
-        meta = load_checkpoint(run.run_dir / "checkpoint.safetensors", bare_model, optimizer, identity)
+        meta = load_checkpoint(run.run_dir / "checkpoint.safetensors", bare_model, optimizer, identity, recipe)
         loader.open(**meta["loader"])
         start, watch = meta["step"], Stopwatch(world.device, meta["train_time_ms"])
     log.record(start=start, world_size=world.size, device=str(world.device), torch=torch.__version__, **identity)
 
     def save(step: int) -> None:
-        if world.rank == 0:
-            meta = identity | {"step": step, "loader": loader.state(), "train_time_ms": watch.before}
-            save_checkpoint(run.run_dir / "checkpoint.safetensors", bare_model, optimizer, meta)
+        meta = identity | {"step": step, "loader": loader.state(), "train_time_ms": watch.before}
+        save_checkpoint(run.run_dir / "checkpoint.safetensors", bare_model, optimizer, meta, recipe, world)
 
     steps = total_steps(recipe)
     with stop_signals() as caught:

@@ -6,6 +6,7 @@
 __all__ = ['split_step', 'transposed_state']
 
 # %% ../nbs/24_two_speeds.ipynb #d87f7e93
+import torch
 from torch import Tensor
 
 # %% ../nbs/24_two_speeds.ipynb #a5de3def
@@ -20,4 +21,5 @@ def transposed_state(
     state: dict[str, Tensor],  # of the head, (d, v)
 ) -> dict[str, Tensor]:  # of the embedding, (v, d)
     "Adam's state of the head for the embedding that leaves it, so that it goes on as if nothing had happened."
-    return {key: value.T.clone() if value.dim() == 2 else value.clone() for key, value in state.items()}
+    copies = {key: value.T if value.dim() == 2 else value for key, value in state.items()}
+    return {key: value.clone(memory_format=torch.contiguous_format) for key, value in copies.items()}

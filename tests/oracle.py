@@ -31,7 +31,7 @@ from speedrun_lib.recipe import SIZES, recipe_for
 from speedrun_lib.schedules import momentum_at, staged_lr
 
 VOCAB, BIGRAM_ROWS = 500, 1024
-RUNG = {82: "bf16_weights"}
+RUNG = {82: "sparse_bigram"}
 ORDER = ["lm_head", "embed", "value_embeds", "bigram_embed", "qk_bank", "vo_bank", "mlp_bank", "attn_gate_bank",
          "ve_gate_bank", "smear_gate", "skip_gate", "post_lambdas", "resid_lambdas", "x0_lambdas", "bigram_lambdas",
          "xsa_alphas", "scalars", "mudd_w1", "mudd_w2", "mudd_b2"]

@@ -1,0 +1,286 @@
+"""Fused MLP, fused loss and the whole head against eager and compiled PyTorch and Liger-Kernel, at record 82's shapes.
+
+`python -m tests.bench_fused --out FILE.csv`; `--tune` prints the times of other tiles as JSON instead.
+
+T = 16,384, 32,768, 49,152 tokens (a part in the record's stages), d = 768, v = 50,304. Columns: tests/bench.py, and
+peak_gb (memory at its highest during a call, without what was there before it).
+
+- `linear_relu2`, `linear_relu2_gradient` ("TxDxN"): our kernel in both modes; `product`: the bare cuBLAS product
+- `mlp_forward`, `mlp_forward_backward`: `ours` (FusedMLP), `eager`, `compiled` (relu2_mlp), `products` (the two or six
+  cuBLAS products alone)
+- `loss` ("TxV"), losses and their gradient from bf16 logits: `ours` (gradient e5m2), `ours_bf16`; `eager`, `compiled`
+  (mtp_losses of softcap, and autograd); `liger` (LigerCrossEntropyLoss in bf16: one target instead of three, and a
+  cap by tanh). The floor moves 2 bytes in and 1 byte out for every logit; 2 out for a bf16 gradient
+- `head` ("TxDxV"): loss and gradients of x and w; `ours` (FP8), `ours_compiled`, `eager` and `compiled` in bf16,
+  `liger` (LigerFusedLinearCrossEntropyLoss, the same differences; it never has all logits at once)
+- error: of the gradient (`linear_relu2`: of the output; `head`: of the gradient of w) against fp64, 2,048 tokens
+"""
+
+import functools
+import importlib
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+
+from speedrun_lib import fused
+from speedrun_lib.fp8 import GRADIENT_SCALE
+from speedrun_lib.fused import (
+    FusedMLP,
+    fused_head_loss,
+    linear_relu2,
+    linear_relu2_launch,
+    plain_softcapped_losses,
+    softcapped_launch,
+    softcapped_losses,
+)
+from speedrun_lib.logits import softcap
+from speedrun_lib.mtp import mtp_losses
+from speedrun_lib.relu2 import relu2_mlp
+from speedrun_lib.symmetric import tl, triton
+from tests.bench import command_line, milliseconds, row
+
+TOKENS, DIM, HIDDEN, VOCAB, CHECKED = (16_384, 32_768, 49_152), 768, 3072, 50_304, 2048
+BF16, E5M2 = torch.bfloat16, torch.float8_e5m2
+
+
+def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
+    "Normal numbers in bf16."
+    return (scale * torch.randn(*shape, device="cuda")).to(BF16)
+
+
+def off(found: torch.Tensor, exact: torch.Tensor) -> float:
+    "Norm of the difference over the norm."
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+def compiled(function: Callable) -> Callable:
+    "A fresh compilation, for one shape."
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def peak_gb(function: Callable) -> float:
+    "Memory that one call needs at most."
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    torch.cuda.synchronize()
+    return 1e-9 * (torch.cuda.max_memory_allocated() - before)
+
+
+def rows_of(kernel: str, shape: tuple[int, ...], versions: dict[str, tuple], **needs) -> Iterator[dict]:
+    "A row for each version: a function to time and, where it can be wrong, one that returns its error."
+    for version, (function, wrong, *changed) in versions.items():
+        error = peak = float("nan")
+        try:
+            error = wrong() if wrong else error
+            peak = peak_gb(function)
+        except Exception as problem:  # `row` meets it again and writes it down
+            print(kernel, shape, version, problem, flush=True)
+        needs_now = needs | (changed[0] if changed else {})
+        yield row(kernel, "x".join(map(str, shape)), version, function, error=error, **needs_now) | {"peak_gb": peak}
+        torch.cuda.empty_cache()
+
+
+def with_gradients(function: Callable, inputs: tuple, grad: torch.Tensor | None = None) -> list[torch.Tensor]:
+    "Output and gradients of the inputs."
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    out = function(*inputs)
+    return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
+
+
+def mlp_rows(tokens: int) -> Iterator[dict]:
+    "The kernel in both modes, and the MLP."
+    torch.manual_seed(0)
+    x, grad = random(tokens, DIM), random(tokens, DIM)
+    up, down = random(HIDDEN, DIM, scale=DIM**-0.5), random(HIDDEN, DIM, scale=DIM**-0.5)
+    post = linear_relu2(x, up, None)
+    few_x, few_grad = x[:CHECKED], grad[:CHECKED]
+    inputs = [y.double() for y in (few_x, up, down)]
+    pre = inputs[0] @ inputs[1].T
+    exact = with_gradients(relu2_mlp, inputs, few_grad.double())[2]
+    slope = 2 * pre.relu() * (few_grad.double() @ inputs[2].T)
+
+    def error_of(mlp):
+        return lambda: off(with_gradients(mlp, (few_x, up, down), few_grad)[2], exact)
+
+    flop, shape = 2.0 * tokens * DIM * HIDDEN, (tokens, DIM, HIDDEN)
+    moved = 2.0 * tokens * (DIM + HIDDEN)
+    yield from rows_of("linear_relu2", shape, {
+        "ours": (lambda: linear_relu2(x, up, None), lambda: off(linear_relu2(few_x, up, None), pre.relu().square())),
+        "product": (lambda: x @ up.T, None)}, flop=flop, moved=moved)
+    yield from rows_of("linear_relu2_gradient", shape, {
+        "ours": (lambda: linear_relu2(grad, down, post),
+                 lambda: off(linear_relu2(few_grad, down, post[:CHECKED]), slope)),
+        "product": (lambda: grad @ down.T, None)}, flop=flop, moved=moved + 2 * tokens * HIDDEN)
+    plain, both = compiled(relu2_mlp), compiled(relu2_mlp)
+    yield from rows_of("mlp_forward", shape, {
+        "ours": (lambda: FusedMLP.apply(x, up, down), None), "eager": (lambda: relu2_mlp(x, up, down), None),
+        "compiled": (lambda: plain(x, up, down), None),
+        "products": (lambda: (x @ up.T, post @ down), None)}, flop=2 * flop)
+
+    def products():
+        return x @ up.T, post @ down, grad @ down.T, post.T @ grad, post @ up, post.T @ x
+
+    yield from rows_of("mlp_forward_backward", shape, {
+        "ours": (lambda: with_gradients(FusedMLP.apply, (x, up, down), grad), error_of(FusedMLP.apply)),
+        "eager": (lambda: with_gradients(relu2_mlp, (x, up, down), grad), error_of(relu2_mlp)),
+        "compiled": (lambda: with_gradients(both, (x, up, down), grad), None),
+        "products": (products, None)}, flop=6 * flop)
+
+
+def plain_loss(z: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    "What the rung before trains with."
+    return mtp_losses(softcap(z.float())[None], targets[None], weights).sum()
+
+
+def liger(name: str, **options) -> Callable | None:
+    "A loss of Liger-Kernel, if it is here."
+    try:
+        return getattr(importlib.import_module("liger_kernel.transformers"), name)(reduction="sum", **options)
+    except ImportError:
+        return None
+
+
+def loss_rows(tokens: int) -> Iterator[dict]:
+    "Losses and gradient from logits."
+    torch.manual_seed(0)
+    z, targets = random(tokens, VOCAB, scale=4.0), torch.randint(VOCAB, (tokens,), device="cuda")
+    weights = torch.tensor([1.0, 0.5, 0.25], device="cuda")
+    few = z[:CHECKED], targets[:CHECKED], weights
+    exact = plain_softcapped_losses(few[0][:512].double(), few[1][:512], weights.double())[1][:500]
+
+    def error_of(function):
+        return lambda: off(function(*few)[:500], exact)
+
+    def ours(dtype):
+        unit = GRADIENT_SCALE if dtype == E5M2 else 1
+        return (lambda: softcapped_losses(z, targets, weights, dtype),
+                error_of(lambda *inputs: unit * softcapped_losses(*inputs, dtype)[1].double()),
+                {"moved": (2.0 + dtype.itemsize) * tokens * VOCAB})
+
+    def autograd(function):
+        return (lambda: with_gradients(lambda z: function(z, targets, weights), (z,)),
+                error_of(lambda z, *rest: with_gradients(lambda z: plain_loss(z, *rest), (z,))[1]))
+
+    versions = {"ours": ours(E5M2), "ours_bf16": ours(BF16), "eager": autograd(plain_loss),
+                "compiled": autograd(compiled(plain_loss))}
+    if theirs := liger("LigerCrossEntropyLoss", softcap=30.0):
+        versions["liger"] = (lambda: with_gradients(lambda z: theirs(z, targets), (z,)), None)  # overwrites z: last
+    yield from rows_of("loss", (tokens, VOCAB), versions, moved=4.0 * tokens * VOCAB)
+
+
+def head_rows(tokens: int, compile_too: bool) -> Iterator[dict]:
+    "Loss and gradients of x and w."
+    torch.manual_seed(0)
+    x, w = F.rms_norm(random(tokens, DIM), (DIM,)), random(DIM, VOCAB, scale=0.05)
+    targets, weights = torch.randint(VOCAB, (tokens,), device="cuda"), torch.tensor([1.0, 0.5, 0.25], device="cuda")
+    few = x[:512], w
+    rest = targets[:512], weights
+
+    def plain_head(x, w, targets, weights):
+        return plain_loss(x @ w, targets, weights)
+
+    exact = with_gradients(lambda x, w: mtp_losses(softcap(x @ w)[None], rest[0][None], weights).sum(),
+                           [y.double() for y in few])[2]
+
+    def version(function, checked, **changed):
+        return (lambda: with_gradients(lambda x, w: function(x, w, targets, weights), (x, w)),
+                lambda: off(with_gradients(lambda x, w: checked(x, w, *rest), few)[2], exact), changed)
+
+    versions = {"ours": version(fused_head_loss, fused_head_loss, rate="fp8"), "eager": version(plain_head, plain_head)}
+    if compile_too:
+        versions["ours_compiled"] = version(compiled(fused_head_loss), fused_head_loss, rate="fp8")
+        versions["compiled"] = version(compiled(plain_head), plain_head)
+    if theirs := liger("LigerFusedLinearCrossEntropyLoss", softcap=30.0):
+        versions["liger"] = (lambda: with_gradients(lambda x, w: theirs(w.T, x, targets), (x, w)), None)
+    yield from rows_of("head", (tokens, DIM, VOCAB), versions, flop=6.0 * tokens * DIM * VOCAB)
+
+
+def measure() -> list[dict]:
+    "All rows."
+    rows = []
+    for tokens in TOKENS:
+        rows += mlp_rows(tokens)
+        rows += loss_rows(tokens)
+        rows += head_rows(tokens, compile_too=tokens == TOKENS[-1])
+    return rows
+
+
+@triton.jit
+def reread_kernel(z_ptr, target_ptr, weight_ptr, grad_ptr, rows, grad_factor,
+                  V: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
+    "The other way to fuse the loss: a program for each row reads it twice, the second time from the L2 cache."
+    HALF: tl.constexpr = 11.5 * 1.4426950408889634
+    row, column = tl.program_id(0), tl.arange(0, BLOCK)
+    start = row.to(tl.int64) * V
+    total = tl.zeros((BLOCK,), tl.float32)
+    for i in range(0, V, BLOCK):
+        z = tl.load(z_ptr + start + i + column, mask=i + column < V, other=-1e4, eviction_policy="evict_last")
+        total += tl.exp2(HALF * fused.tanh_of(z.to(tl.float32) * (1 / 15) + 1 / 3, False) - HALF)
+    log_sum, weight = tl.log2(tl.sum(total) - (-V % BLOCK) * 2.0 ** (-2 * HALF)), 0.0
+    for k in tl.static_range(N):
+        weight += tl.load(weight_ptr + k)
+    level = tl.log2(weight * grad_factor) - log_sum - HALF
+    for i in range(0, V, BLOCK):
+        z = tl.load(z_ptr + start + i + column, mask=i + column < V, other=-1e4, eviction_policy="evict_first")
+        t = fused.tanh_of(z.to(tl.float32) * (1 / 15) + 1 / 3, False)
+        grad = (1 - t * t) * tl.exp2(HALF * t + level)
+        for k in tl.static_range(N):
+            target = tl.load(target_ptr + row + k, mask=row + k < rows, other=-1)
+            if target // BLOCK == i // BLOCK:
+                grad -= tl.where(i + column == target, tl.load(weight_ptr + k) * grad_factor * (1 - t * t), 0.0)
+        tl.store(grad_ptr + start + i + column, grad.to(grad_ptr.dtype.element_ty), mask=i + column < V)
+
+
+def reread(z: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, block: int, warps: int) -> torch.Tensor:
+    "The gradient by `reread_kernel`; it leaves out the losses."
+    grad = torch.empty_like(z, dtype=E5M2)
+    factor = 11.5 / 15 / GRADIENT_SCALE
+    reread_kernel[len(z),](z, targets, weights, grad, len(z), factor, z.shape[1], len(weights), block, num_warps=warps)
+    return grad
+
+
+def tune() -> None:
+    "Times of other tiles in milliseconds, fastest first."
+    torch.manual_seed(0)
+    tokens = TOKENS[-1]
+    x, grad = random(tokens, DIM), random(tokens, DIM)
+    up, down = random(HIDDEN, DIM, scale=DIM**-0.5), random(HIDDEN, DIM, scale=DIM**-0.5)
+    post = linear_relu2(x, up, None)
+    z, targets = random(tokens, VOCAB, scale=4.0), torch.randint(VOCAB, (tokens,), device="cuda")
+    weights = torch.tensor([1.0, 0.5, 0.25], device="cuda")
+    mlp = [(128, 256, 64, 4, 8, 1, 0), (128, 256, 64, 3, 8, 1, 0), (128, 256, 64, 3, 8, 1, 1),
+           (128, 256, 64, 2, 8, 1, 1), (128, 128, 64, 3, 4, 2, 0), (128, 128, 64, 2, 4, 2, 0),
+           (128, 128, 64, 2, 4, 2, 1), (128, 128, 32, 4, 4, 2, 1), (256, 128, 64, 3, 8, 1, 1)]
+    loss = [(4096, 16, 3, 0), (4096, 16, 3, 2), (4096, 16, 3, 3), (4096, 16, 3, 4), (8192, 32, 3, 3), (4096, 16, 1, 3)]
+    again = [(2048, 8), (4096, 8), (4096, 4)]
+    tries = {
+        "linear_relu2": {t: functools.partial(linear_relu2_launch, x, up, None, t) for t in mlp},
+        "linear_relu2_gradient": {t: functools.partial(linear_relu2_launch, grad, down, post, t) for t in mlp},
+        "product": {"cublas": lambda: x @ up.T},
+        "loss": {t: functools.partial(softcapped_launch, z, targets, weights, E5M2, t) for t in loss},
+        "loss_reread": {t: functools.partial(reread, z, targets, weights, *t) for t in again},
+    }
+    found = {}
+    for kernel, functions in tries.items():
+        times = {}
+        for tiles, function in functions.items():
+            try:
+                times[str(tiles)] = round(statistics.median(milliseconds(function, runs=10)), 4)
+            except Exception as problem:
+                times[str(tiles)] = f"{type(problem).__name__}: {problem}".split("\n")[0][:120]
+        found[kernel] = dict(sorted(times.items(), key=lambda item: (isinstance(item[1], str), item[1])))
+        print(json.dumps({kernel: found[kernel]}), flush=True)
+
+
+if __name__ == "__main__":
+    if "--tune" in sys.argv:
+        tune()
+    else:
+        command_line(__doc__, measure)
