@@ -766,24 +766,27 @@ def export_script(
     imports = [s for s in module.body if m.matches(s, IMPORT)]
     others = [s for s in module.body if not m.matches(s, IMPORT)]
     records = f"record{'s' * (len(step.records) > 1)} {', '.join(step.records)}"
+    if step is LADDER[-1]:
+        records += ", and with it all of record 82"
     summary = step.summary[0].upper() + step.summary[1:] + "."
     header = HEADER.format(title=summary, rung=rung, records=records, chapter=step.chapter)
     return "\n\n\n".join([
         header + "\n\n" + import_block(imports) + "\n\n" + definitions_block(others, chapter_of),
         "# ---- the recipe at each size ".ljust(100, "-") + "\n\n" + recipe_table(rung, fields),
-        'if __name__ == "__main__":\n    main(RECIPES, SIZES)\n',
+        f'if __name__ == "__main__":\n    main(RECIPES, SIZES, "{rung}")\n',
     ])
 
 # %% ../nbs/95_export.ipynb #e8c77653
-MILESTONES = {  # file name -> rung
-    "0_baseline": "baseline", "1_modern": "softcap", "2_muon": "late_split", "3_streams": "xsa",
-    "4_attention": "paired_heads", "5_curriculum": "staged",
+MILESTONES = {  # file without its ending -> rung: the last one before each part ends, and the whole record
+    "milestones/0_baseline": "baseline", "milestones/1_modern": "softcap", "milestones/2_muon": "late_split",
+    "milestones/3_streams": "xsa", "milestones/4_attention": "paired_heads", "milestones/5_curriculum": "staged",
+    "milestones/6_systems": "fused_loss", "train_gpt": LADDER[-1].name,
 }
 
 
 def milestone_paths(folder: Path) -> dict[Path, str]:
     "Files of the committed scripts and the rung of each."
-    return {folder / "milestones" / f"{name}.py": rung for name, rung in MILESTONES.items()}
+    return {folder / f"{name}.py": rung for name, rung in MILESTONES.items()}
 
 
 def write_exports(

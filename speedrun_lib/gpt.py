@@ -148,7 +148,7 @@ class GPT(nn.Module):
                   gate_w: Tensor | None = None, cu_seqlens: Tensor | None = None,
                   max_len: Tensor | None = None) -> Tensor:
         "What one layer's attention gathers, (b, t, h, k); the matrices of queries, keys and values are (d, d)."
-        q, k, v = (split_heads(a_btd, w, self.recipe.num_heads) for w in matrices)
+        q, k, v = split_heads(a_btd, torch.cat(matrices), 3 * self.recipe.num_heads).chunk(3, dim=-2)
         if self.recipe.qk_norm:
             q, k = norm_queries_keys(q, k)
         if self.recipe.value_embeds and extra_v is not None:
@@ -213,10 +213,9 @@ class GPT(nn.Module):
                 x_btd = x_btd + skip_strength(x0_btd, self.skip_gate, scalars[-1]) * outputs[SKIP_FROM]
             else:
                 n = i - (i > SKIP_TO) if self.recipe.gated_skip else i  # number among the layers with attention
-                q_w, k_w, v_w, o_w = *qk[2 * n : 2 * n + 2], *vo[2 * n : 2 * n + 2]
+                qkv_w, o_w = torch.cat([*qk[2 * n : 2 * n + 2], vo[2 * n]]), vo[2 * n + 1]
                 if self.recipe.lambdas:
-                    q_w, k_w, v_w = (scalars[2 * i] * w for w in (q_w, k_w, v_w))
-                    o_w = scalars[2 * i + 1] * o_w
+                    qkv_w, o_w = scalars[2 * i] * qkv_w, scalars[2 * i + 1] * o_w
                 a_btd = rms_norm(outputs[LATE_FROM] if self.recipe.late_input and i > LATE_FROM else x_btd)
                 if self.recipe.mudd and i == last:
                     m = mudd_coefficients(x_btd, self.mudd_w1[0], self.mudd_w2[0], self.mudd_b2[0])
@@ -231,7 +230,7 @@ class GPT(nn.Module):
                 else:
                     extra_v = None
                 gate_w = self.attn_gate_bank[n] if self.recipe.attn_gate else None
-                y_bthk = self.attention(a_btd, i, (q_w, k_w, v_w), extra_v, gate_w, cu_seqlens, max_len)
+                y_bthk = self.attention(a_btd, i, qkv_w.chunk(3), extra_v, gate_w, cu_seqlens, max_len)
                 y_btd = F.linear(y_bthk.flatten(2), o_w)
                 x_btd = keep * x_btd + gain * y_btd if self.recipe.lambdas else x_btd + y_btd
                 if self.recipe.x0_skip:

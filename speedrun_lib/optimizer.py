@@ -137,9 +137,12 @@ class Optimizer(torch.optim.Optimizer):
         groups = [vars(rules[name]) | {"params": [p], "name": name, "lr": base[rules[name].rule] * rules[name].lr,
                                        "momentum": recipe.muon_momentum} for name, p in self.params.items()]
         super().__init__(groups, {})
-        # one graph for all tables, whatever their size; one for each bank
-        self.move_adam = torch.compile(self.adam, dynamic=True, fullgraph=True) if compile else self.adam
-        self.move_muon = torch.compile(self.muon, dynamic=False, fullgraph=True) if compile else self.muon
+        self.move_adam = self.move_small = self.adam
+        self.move_muon = self.muon
+        if compile:  # a graph for each size of table and each bank, and one for all that is small
+            self.move_adam = torch.compile(self.adam, dynamic=False, fullgraph=True)
+            self.move_small = torch.compile(self.adam, dynamic=True, fullgraph=True)
+            self.move_muon = torch.compile(self.muon, dynamic=False, fullgraph=True)
         if recipe.two_speeds:
             self.step_number = 1  # set by the training loop before every step
         if recipe.sharded:
@@ -242,7 +245,8 @@ class Optimizer(torch.optim.Optimizer):
         decay = group["lr"] ** 2 * self.recipe.adam_decay * group["decay"] if self.recipe.cautious else 0.0
         # scalars as tensors on the CPU: a compiled rule reads them, and does not compile again when they change
         numbers = torch.tensor([*group["betas"], step_size, decay]).unbind()
-        self.move_adam(p.view(-1), grad.reshape(-1), state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1), *numbers)
+        move = self.move_adam if p.numel() > 2**20 else self.move_small
+        move(p.view(-1), grad.reshape(-1), state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1), *numbers)
 
     def adam(self, p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, beta1: Tensor, beta2: Tensor,
              step_size: Tensor, decay: Tensor) -> None:

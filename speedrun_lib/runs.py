@@ -6,6 +6,7 @@
 __all__ = ['read_log', 'draw_runs', 'measured', 'stored_losses', 'load_model', 'row_borders', 'generate', 'sample_text']
 
 # %% ../nbs/98_runs.ipynb #3aaf0da9
+import dataclasses
 import functools
 import json
 from importlib import resources
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from .data import get_tokenizer
 from .gpt import build_model
 from .page import COLORS, GREY
-from .recipe import SIZES, Recipe, Size
+from .recipe import SIZES, Recipe, Size, recipe_for
 from .train import RunError, read_checkpoint
 
 # %% ../nbs/98_runs.ipynb #cb580cff
@@ -93,6 +94,8 @@ def load_model(
     path = run_dir / "checkpoint.safetensors" if run_dir.is_dir() else run_dir
     tensors, meta = read_checkpoint(path)
     recipe, size = Recipe(**meta["recipe"]), SIZES[meta["size"]]
+    if meta["rung"]:  # an exported script: its recipe has no choices, the rung has them
+        recipe = dataclasses.replace(recipe_for(meta["rung"], size.name), **meta["recipe"])
     model = build_model(recipe, size)
     model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
     if recipe.mtp:

@@ -12,6 +12,7 @@ __all__ = ['RunError', 'Interrupted', 'World', 'join_world', 'Run', 'RunLog', 'b
 import argparse
 import contextlib
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -105,6 +106,7 @@ class Run:
     log_every: int = 10  # steps between reads of the training loss (each one waits for the GPU)
     compile: bool = False  # compile the model with torch.compile
     resume: bool = False  # continue from the checkpoint in run_dir
+    rung: str = ""  # of an exported script, whose recipe does not say it
 
 # %% ../nbs/93_train.ipynb #ce095401
 class RunLog:
@@ -455,8 +457,10 @@ def train(
         log.text("compiling the model and warming up kernels", console=True)
         warm_up(model, bare_model, optimizer, loader, recipe, world)
         validate(model, val_files, recipe, size, world)
+        gc.collect()
+        gc.freeze()  # the compiler's many objects live as long as the run: no need to look at them again
 
-    identity = {"recipe": dataclasses.asdict(recipe), "size": size.name, "seed": run.seed}
+    identity = {"recipe": dataclasses.asdict(recipe), "size": size.name, "seed": run.seed, "rung": run.rung}
     start, watch = 0, Stopwatch(world.device)
     if run.resume:
         meta = load_checkpoint(run.run_dir / "checkpoint.safetensors", bare_model, optimizer, identity, recipe)
@@ -503,7 +507,7 @@ def train(
                     raise Interrupted(f"stopped after step {done}; continue with the same command and --resume")
 
 # %% ../nbs/93_train.ipynb #c1336eb9
-def main(recipes: dict[str, Recipe], sizes: dict[str, Size]) -> None:
+def main(recipes: dict[str, Recipe], sizes: dict[str, Size], rung: str) -> None:
     "Command line of an exported script; run it directly or under torchrun."
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--size", choices=list(recipes), default="full", help="nano runs on a laptop CPU")
@@ -527,7 +531,7 @@ def main(recipes: dict[str, Recipe], sizes: dict[str, Size]) -> None:
         world = join_world(args.device)
         run = Run(data_dir, out, args.seed, args.val_every, args.save_every,
                   log_every=10 if world.device.type == "cuda" else 1,
-                  compile=world.device.type == "cuda", resume=args.resume)
+                  compile=world.device.type == "cuda", resume=args.resume, rung=rung)
         log = RunLog(out, world.rank, args.resume)
         log.text(script.read_text(encoding="utf-8"))
         log.text("=" * 100)

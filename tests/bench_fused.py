@@ -1,6 +1,7 @@
 """Fused MLP, fused loss and the whole head against eager and compiled PyTorch and Liger-Kernel, at record 82's shapes.
 
-`python -m tests.bench_fused --out FILE.csv`; `--tune` prints the times of other tiles as JSON instead.
+`python -m tests.bench_fused --out FILE.csv`; `--tune [FILE.json]` prints the times of other tiles instead, and
+`--tiles FILE.json` measures with the fastest of these.
 
 T = 16,384, 32,768, 49,152 tokens (a part in the record's stages), d = 768, v = 50,304. Columns: tests/bench.py, and
 peak_gb (memory at its highest during a call, without what was there before it).
@@ -11,8 +12,7 @@ peak_gb (memory at its highest during a call, without what was there before it).
 - `loss` ("TxV"), losses and their gradient from bf16 logits: `ours` (gradient e5m2), `ours_bf16`; `eager`, `compiled`
   (mtp_losses of softcap, and autograd); `liger` (LigerCrossEntropyLoss in bf16: one target instead of three, and a
   cap by tanh). The floor moves 2 bytes in and 1 byte out for every logit; 2 out for a bf16 gradient
-- `head` ("TxDxV"): loss and gradients of x and w; `ours` (FP8), `ours_compiled`, `eager` and `compiled` in bf16,
-  `liger` (LigerFusedLinearCrossEntropyLoss, the same differences; it never has all logits at once)
+- `head` ("TxDxV"): loss and gradients of x and w; `ours` (FP8, its casts uncompiled), `eager` and `compiled` in bf16
 - error: of the gradient (`linear_relu2`: of the output; `head`: of the gradient of w) against fp64, 2,048 tokens
 """
 
@@ -22,7 +22,9 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 
@@ -57,10 +59,10 @@ def off(found: torch.Tensor, exact: torch.Tensor) -> float:
     return float((found.double() - exact).norm() / exact.norm())
 
 
+@functools.cache
 def compiled(function: Callable) -> Callable:
-    "A fresh compilation, for one shape."
-    torch._dynamo.reset()
-    return torch.compile(function, fullgraph=True, dynamic=False)
+    "Compiled once for all numbers of tokens."
+    return torch.compile(function, fullgraph=True, dynamic=True)
 
 
 def peak_gb(function: Callable) -> float:
@@ -83,7 +85,9 @@ def rows_of(kernel: str, shape: tuple[int, ...], versions: dict[str, tuple], **n
         except Exception as problem:  # `row` meets it again and writes it down
             print(kernel, shape, version, problem, flush=True)
         needs_now = needs | (changed[0] if changed else {})
-        yield row(kernel, "x".join(map(str, shape)), version, function, error=error, **needs_now) | {"peak_gb": peak}
+        found = row(kernel, "x".join(map(str, shape)), version, function, error=error, **needs_now) | {"peak_gb": peak}
+        print(kernel, shape, version, found.get("median_ms"), found.get("share"), found["note"], flush=True)
+        yield found
         torch.cuda.empty_cache()
 
 
@@ -118,10 +122,9 @@ def mlp_rows(tokens: int) -> Iterator[dict]:
         "ours": (lambda: linear_relu2(grad, down, post),
                  lambda: off(linear_relu2(few_grad, down, post[:CHECKED]), slope)),
         "product": (lambda: grad @ down.T, None)}, flop=flop, moved=moved + 2 * tokens * HIDDEN)
-    plain, both = compiled(relu2_mlp), compiled(relu2_mlp)
     yield from rows_of("mlp_forward", shape, {
         "ours": (lambda: FusedMLP.apply(x, up, down), None), "eager": (lambda: relu2_mlp(x, up, down), None),
-        "compiled": (lambda: plain(x, up, down), None),
+        "compiled": (lambda: compiled(relu2_mlp)(x, up, down), None),
         "products": (lambda: (x @ up.T, post @ down), None)}, flop=2 * flop)
 
     def products():
@@ -130,13 +133,18 @@ def mlp_rows(tokens: int) -> Iterator[dict]:
     yield from rows_of("mlp_forward_backward", shape, {
         "ours": (lambda: with_gradients(FusedMLP.apply, (x, up, down), grad), error_of(FusedMLP.apply)),
         "eager": (lambda: with_gradients(relu2_mlp, (x, up, down), grad), error_of(relu2_mlp)),
-        "compiled": (lambda: with_gradients(both, (x, up, down), grad), None),
+        "compiled": (lambda: with_gradients(compiled(relu2_mlp), (x, up, down), grad), None),
         "products": (products, None)}, flop=6 * flop)
 
 
 def plain_loss(z: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     "What the rung before trains with."
     return mtp_losses(softcap(z.float())[None], targets[None], weights).sum()
+
+
+def plain_head(x: torch.Tensor, w: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    "With its product."
+    return plain_loss(x @ w, targets, weights)
 
 
 def liger(name: str, **options) -> Callable | None:
@@ -168,23 +176,21 @@ def loss_rows(tokens: int) -> Iterator[dict]:
         return (lambda: with_gradients(lambda z: function(z, targets, weights), (z,)),
                 error_of(lambda z, *rest: with_gradients(lambda z: plain_loss(z, *rest), (z,))[1]))
 
-    versions = {"ours": ours(E5M2), "ours_bf16": ours(BF16), "eager": autograd(plain_loss),
-                "compiled": autograd(compiled(plain_loss))}
-    if theirs := liger("LigerCrossEntropyLoss", softcap=30.0):
+    versions = {"ours": ours(E5M2), "ours_bf16": ours(BF16), "compiled": autograd(compiled(plain_loss))}
+    if tokens != 32_768:  # slow
+        versions["eager"] = autograd(plain_loss)
+    if tokens == TOKENS[-1] and (theirs := liger("LigerCrossEntropyLoss", softcap=30.0)):
         versions["liger"] = (lambda: with_gradients(lambda z: theirs(z, targets), (z,)), None)  # overwrites z: last
     yield from rows_of("loss", (tokens, VOCAB), versions, moved=4.0 * tokens * VOCAB)
 
 
-def head_rows(tokens: int, compile_too: bool) -> Iterator[dict]:
+def head_rows(tokens: int) -> Iterator[dict]:
     "Loss and gradients of x and w."
     torch.manual_seed(0)
     x, w = F.rms_norm(random(tokens, DIM), (DIM,)), random(DIM, VOCAB, scale=0.05)
     targets, weights = torch.randint(VOCAB, (tokens,), device="cuda"), torch.tensor([1.0, 0.5, 0.25], device="cuda")
     few = x[:512], w
     rest = targets[:512], weights
-
-    def plain_head(x, w, targets, weights):
-        return plain_loss(x @ w, targets, weights)
 
     exact = with_gradients(lambda x, w: mtp_losses(softcap(x @ w)[None], rest[0][None], weights).sum(),
                            [y.double() for y in few])[2]
@@ -193,12 +199,10 @@ def head_rows(tokens: int, compile_too: bool) -> Iterator[dict]:
         return (lambda: with_gradients(lambda x, w: function(x, w, targets, weights), (x, w)),
                 lambda: off(with_gradients(lambda x, w: checked(x, w, *rest), few)[2], exact), changed)
 
-    versions = {"ours": version(fused_head_loss, fused_head_loss, rate="fp8"), "eager": version(plain_head, plain_head)}
-    if compile_too:
-        versions["ours_compiled"] = version(compiled(fused_head_loss), fused_head_loss, rate="fp8")
-        versions["compiled"] = version(compiled(plain_head), plain_head)
-    if theirs := liger("LigerFusedLinearCrossEntropyLoss", softcap=30.0):
-        versions["liger"] = (lambda: with_gradients(lambda x, w: theirs(w.T, x, targets), (x, w)), None)
+    versions = {"ours": version(fused_head_loss, fused_head_loss, rate="fp8"),
+                "compiled": version(compiled(plain_head), plain_head)}
+    if tokens != 32_768:  # slow
+        versions["eager"] = version(plain_head, plain_head)
     yield from rows_of("head", (tokens, DIM, VOCAB), versions, flop=6.0 * tokens * DIM * VOCAB)
 
 
@@ -208,7 +212,9 @@ def measure() -> list[dict]:
     for tokens in TOKENS:
         rows += mlp_rows(tokens)
         rows += loss_rows(tokens)
-        rows += head_rows(tokens, compile_too=tokens == TOKENS[-1])
+        rows += head_rows(tokens)
+        if "--out" in sys.argv:  # what there is, in case that time runs out
+            pd.DataFrame(rows).to_csv(sys.argv[sys.argv.index("--out") + 1], index=False, float_format="%.6g")
     return rows
 
 
@@ -246,8 +252,8 @@ def reread(z: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, block:
     return grad
 
 
-def tune() -> None:
-    "Times of other tiles in milliseconds, fastest first."
+def tune(file: Path | None) -> None:
+    "Times of other tiles in milliseconds, fastest first; also into a file."
     torch.manual_seed(0)
     tokens = TOKENS[-1]
     x, grad = random(tokens, DIM), random(tokens, DIM)
@@ -255,32 +261,48 @@ def tune() -> None:
     post = linear_relu2(x, up, None)
     z, targets = random(tokens, VOCAB, scale=4.0), torch.randint(VOCAB, (tokens,), device="cuda")
     weights = torch.tensor([1.0, 0.5, 0.25], device="cuda")
-    mlp = [(128, 256, 64, 4, 8, 1, 0), (128, 256, 64, 3, 8, 1, 0), (128, 256, 64, 3, 8, 1, 1),
-           (128, 256, 64, 2, 8, 1, 1), (128, 128, 64, 3, 4, 2, 0), (128, 128, 64, 2, 4, 2, 0),
-           (128, 128, 64, 2, 4, 2, 1), (128, 128, 32, 4, 4, 2, 1), (256, 128, 64, 3, 8, 1, 1)]
-    loss = [(4096, 16, 3, 0), (4096, 16, 3, 2), (4096, 16, 3, 3), (4096, 16, 3, 4), (8192, 32, 3, 3), (4096, 16, 1, 3)]
-    again = [(2048, 8), (4096, 8), (4096, 4)]
+    forward = [(128, 256, 64, 4, 8, 1, 0), (128, 128, 64, 3, 4, 2, 0)]
+    backward = [(128, 256, 64, 3, 8, 1, 0), (128, 256, 64, 3, 8, 1, 1), (128, 128, 64, 2, 4, 2, 0),
+                (128, 128, 64, 2, 4, 2, 1), (256, 128, 64, 3, 8, 1, 1)]
+    loss = [(4096, 16, 3, 0, "", ""), (4096, 16, 3, 1, "", ""), (4096, 16, 3, 2, "", ""), (2048, 16, 3, 0, "", ""),
+            (2048, 16, 3, 1, "", ""), (4096, 16, 3, 0, "evict_first", ".cs")]
     tries = {
-        "linear_relu2": {t: functools.partial(linear_relu2_launch, x, up, None, t) for t in mlp},
-        "linear_relu2_gradient": {t: functools.partial(linear_relu2_launch, grad, down, post, t) for t in mlp},
+        "linear_relu2": {t: functools.partial(linear_relu2_launch, x, up, None, t) for t in forward},
+        "linear_relu2_gradient": {t: functools.partial(linear_relu2_launch, grad, down, post, t) for t in backward},
         "product": {"cublas": lambda: x @ up.T},
         "loss": {t: functools.partial(softcapped_launch, z, targets, weights, E5M2, t) for t in loss},
-        "loss_reread": {t: functools.partial(reread, z, targets, weights, *t) for t in again},
+        "loss_reread": {t: functools.partial(reread, z, targets, weights, *t) for t in ((4096, 8),)},
     }
     found = {}
     for kernel, functions in tries.items():
         times = {}
         for tiles, function in functions.items():
             try:
-                times[str(tiles)] = round(statistics.median(milliseconds(function, runs=10)), 4)
+                times[json.dumps(tiles)] = round(statistics.median(milliseconds(function, runs=10)), 4)
             except Exception as problem:
-                times[str(tiles)] = f"{type(problem).__name__}: {problem}".split("\n")[0][:120]
+                times[json.dumps(tiles)] = f"{type(problem).__name__}: {problem}".split("\n")[0][:120]
         found[kernel] = dict(sorted(times.items(), key=lambda item: (isinstance(item[1], str), item[1])))
         print(json.dumps({kernel: found[kernel]}), flush=True)
+        if file:
+            file.write_text(json.dumps(found))
+
+
+def take_tiles(file: Path) -> None:
+    "Use the fastest tiles that `--tune` found."
+    found = json.loads(file.read_text())
+    for kernel, table in (("linear_relu2", fused.MLP_TILES), ("linear_relu2_gradient", fused.MLP_GRADIENT_TILES),
+                          ("loss", fused.LOSS_TILES)):
+        if kernel in found:
+            table[str(torch.cuda.get_device_capability()[0])] = tuple(json.loads(next(iter(found[kernel]))))
+            print(kernel, table, flush=True)
 
 
 if __name__ == "__main__":
     if "--tune" in sys.argv:
-        tune()
+        tune(Path(sys.argv[2]) if len(sys.argv) > 2 else None)
     else:
+        if "--tiles" in sys.argv:
+            at = sys.argv.index("--tiles")
+            _, tiles_file = sys.argv.pop(at), sys.argv.pop(at)
+            take_tiles(Path(tiles_file))
         command_line(__doc__, measure)

@@ -4,9 +4,9 @@
 
 Kernels: `gram` (X·Xᵀ or Xᵀ·X), `quintic` (b·A + c·A·A), `polar` (all of Polar Express, five iterations),
 `transposed`, `copy_transposed`, `add_transposed`. Versions: `ours`; `eager` (products by cuBLAS); `compiled`
-(torch.compile of eager); `ours, compiled` (Polar Express compiled around our kernels). Operations are those that the
-mathematics needs, a triangle of each symmetric product: a full product at the same TFLOP/s takes twice the time.
-Errors are against float64.
+(torch.compile of eager); `ours, compiled` (Polar Express compiled around our kernels); `pointers` and `descriptors`:
+our two kernels with good tiles, whichever of them is `ours`. Operations are those that the mathematics needs, a
+triangle of each symmetric product: a full product at the same TFLOP/s takes twice the time. Errors are against float64.
 """
 
 import functools
@@ -51,6 +51,20 @@ def error(found: torch.Tensor, exact: torch.Tensor) -> float:
     return float((found.double() - exact).norm() / exact.norm())
 
 
+def with_tiles(*tiles: int) -> tuple[Callable, Callable]:
+    "Both products with tiles of one's choice."
+    def gram_of(x):
+        return symmetric_launch(x.mT if x.shape[-2] > x.shape[-1] else x, tiles=tiles)
+
+    def quintic_of(gram, b, c):
+        return symmetric_launch(gram, b, c, True, tiles)
+
+    return gram_of, quintic_of
+
+
+POINTERS, DESCRIPTORS = with_tiles(128, 64, 8, 3, 4, False), with_tiles(128, 64, 8, 3, 4, True)
+
+
 def polar_ours(u: torch.Tensor) -> torch.Tensor:
     "Polar Express with the kernels."
     return polar_express(u, symmetric_gram, symmetric_quintic)
@@ -89,13 +103,14 @@ def products(shape: tuple[int, int, int], compile_too: bool) -> Iterator[dict]:
     "The two symmetric products."
     (n, r, c), x = shape, stack(shape)
     s, k = min(r, c), max(r, c)
-    versions = {"ours": symmetric_gram, "eager": plain_gram}
+    versions = {"ours": symmetric_gram, "pointers": POINTERS[0], "descriptors": DESCRIPTORS[0], "eager": plain_gram}
     if compile_too:
         versions["compiled"] = compiled(plain_gram)
     yield from rows_of("gram", shape, versions, (x,), plain_gram(x.double()), n * s * (s + 1) * k,
                        2 * n * (r * c + s * s))
     gram = symmetric_gram(x)
-    versions = {"ours": symmetric_quintic, "eager": plain_quintic}
+    versions = {"ours": symmetric_quintic, "pointers": POINTERS[1], "descriptors": DESCRIPTORS[1],
+                "eager": plain_quintic}
     if compile_too:
         versions["compiled"] = compiled(plain_quintic)
     yield from rows_of("quintic", (n, s, s), versions, (gram, B, C), plain_quintic(gram.double(), B, C),
@@ -114,7 +129,8 @@ def measure() -> list[dict]:
         s, k = min(r, c), max(r, c)
         flop = 5 * n * (s * (s + 1) * k + s * (s + 1) * s + 2 * s * s * k)
         versions = {"ours": polar_ours, "ours, compiled": compiled(polar_ours), "eager": polar_express,
-                    "compiled": compiled(polar_express)}
+                    "compiled": compiled(polar_express), "pointers": lambda u: polar_express(u, *POINTERS),
+                    "descriptors": lambda u: polar_express(u, *DESCRIPTORS)}
         rows += rows_of("polar", shape, versions, (u,), polar_exact(u), flop, 4 * n * r * c)
     head = torch.randn(HEAD, device="cuda").bfloat16()
     embed = torch.randn(HEAD[::-1], device="cuda").bfloat16()
@@ -137,12 +153,13 @@ def measure() -> list[dict]:
     return list({(r["kernel"], r["shape"], r["version"]): r for r in rows}.values())  # 24x768x768 comes twice
 
 
-TRIED = [  # block, block_k, group, stages, warps
-    (128, 64, 8, 4, 8), (128, 64, 8, 3, 8), (128, 64, 8, 3, 4), (128, 64, 4, 4, 4), (128, 32, 8, 4, 8),
-    (128, 32, 8, 5, 4), (128, 128, 8, 2, 8), (128, 128, 8, 3, 8), (64, 64, 8, 4, 4), (64, 128, 8, 3, 4),
-    (64, 128, 8, 4, 8), (64, 64, 8, 6, 4),
+TRIED = [  # block, block_k, group, stages, warps, descriptors
+    *((128, 64, 8, stages, warps, False) for stages, warps in ((3, 4), (3, 8), (4, 8))),
+    (128, 32, 8, 4, 8, False), (64, 64, 8, 4, 4, False),
+    *((128, 64, 8, stages, warps, True) for stages, warps in ((3, 4), (3, 8), (4, 4), (4, 8), (5, 8))),
+    (128, 32, 8, 5, 8, True), (128, 128, 8, 2, 8, True), (128, 128, 8, 3, 8, True), (64, 64, 8, 4, 4, True),
 ]
-TRIED_TRANSPOSES = [(*blocks, warps) for blocks in ((32, 32), (64, 64), (64, 128), (128, 64), (128, 128), (32, 128))
+TRIED_TRANSPOSES = [(*blocks, warps) for blocks in ((32, 32), (64, 128), (128, 64), (128, 128))
                     for warps in (4, 8)]
 
 

@@ -23,12 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from speedrun_lib import optimizer
+from speedrun_lib import gpt, optimizer
 from speedrun_lib.mtp import mtp_losses, mtp_weights
 from speedrun_lib.mudd import initial_mudd_bias
 from speedrun_lib.polar import polar_express
 from speedrun_lib.recipe import SIZES, recipe_for
 from speedrun_lib.schedules import momentum_at, staged_lr
+from speedrun_lib.windows import stretched, stretched_scale
 
 VOCAB, BIGRAM_ROWS = 500, 1024
 RUNG = {82: "sparse_bigram"}
@@ -65,13 +66,10 @@ def tokens_of(n: int, count: int) -> Tensor:
 def load(script: str | None) -> SimpleNamespace | ModuleType:
     "The definitions to test: the package's, or those of an exported script."
     if script is None:
-        from speedrun_lib.gpt import GPT
-        from speedrun_lib.mtp import mtp_losses
-        from speedrun_lib.rotary import rotary_table
-        from speedrun_lib.windows import stretched, stretched_scale
-
-        return SimpleNamespace(GPT=GPT, mtp_losses=mtp_losses, rotary_table=rotary_table, stretched=stretched,
-                               stretched_scale=stretched_scale)
+        return SimpleNamespace(
+            GPT=gpt.GPT, Optimizer=optimizer.Optimizer, SIZES=SIZES, initial_mudd_bias=initial_mudd_bias,
+            joined=optimizer.joined, momentum_at=momentum_at, mtp_losses=mtp_losses, mtp_weights=mtp_weights,
+            staged_lr=staged_lr, stretched=stretched, stretched_scale=stretched_scale)
     spec = importlib.util.spec_from_file_location("exported_script", Path(script).resolve())
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -82,10 +80,7 @@ def load(script: str | None) -> SimpleNamespace | ModuleType:
 def network(code, record: int) -> nn.Module:
     "The record's network with a small vocabulary, in fp64."
     recipe = dataclasses.replace(recipe_for(RUNG[record], "full"), bigram_size=BIGRAM_ROWS, val_len=1024, seq_len=1024)
-    size = dataclasses.replace(SIZES["full"], vocab_size=VOCAB)
-    if not hasattr(code, "LADDER") and hasattr(code, "RECIPES"):
-        size = dataclasses.replace(code.SIZES["full"], vocab_size=VOCAB)
-    return code.GPT(recipe, size).double()
+    return code.GPT(recipe, dataclasses.replace(code.SIZES["full"], vocab_size=VOCAB)).double()
 
 
 @torch.no_grad()
@@ -154,15 +149,14 @@ STEP_SCALES = SCALES | TABLES | BANKS | FACTORS | {
     "bigram_embed": (0, 0.05), "bigram_lambdas": (0.05, 1 / 16), "xsa_alphas": (0, 0.5), "mudd_w2": (0, 0.1)}
 
 
-def small_record(config: dict) -> nn.Module:
-    "The record's network with a small vocabulary and the unused last pair of MLP matrices, filled mildly."
+def small_record(config: dict, code=None) -> nn.Module:
+    "The record's network with a small vocabulary, filled mildly."
+    code = code or load(None)
     recipe = dataclasses.replace(
         recipe_for(RUNG[config["record"]], "full"), bigram_size=config["bigram_rows"], val_len=1024, seq_len=1024,
         steps=config["scheduled"], extension=config["extension"], window_block=config["block_tokens"],
         adam_lr=0.008 * config["lr_scale"], muon_lr=0.023 * config["lr_scale"])
-    code = load(None)
-    model = code.GPT(recipe, dataclasses.replace(SIZES["full"], vocab_size=VOCAB))
-    model.mlp_bank = nn.Parameter(model.mlp_bank.new_empty(24, *model.mlp_bank.shape[1:]))
+    model = code.GPT(recipe, dataclasses.replace(code.SIZES["full"], vocab_size=VOCAB))
     for name, rows in config["matrices"].items():
         setattr(model, name, nn.Parameter(model.get_parameter(name).detach()[rows]))
     with torch.no_grad():
@@ -170,7 +164,7 @@ def small_record(config: dict) -> nn.Module:
             p = model.get_parameter(name)
             base, amplitude = STEP_SCALES.get(name, (0, 0))
             if name == "mudd_b2":
-                base, amplitude = initial_mudd_bias().double(), 0.5
+                base, amplitude = code.initial_mudd_bias().double(), 0.5
             value = base + amplitude * uniform(n, tuple(p.shape), config["matrices"].get(name))
             if name == "mlp_bank":
                 value[1::2] *= config["down_scale"]
@@ -180,22 +174,24 @@ def small_record(config: dict) -> nn.Module:
 
 
 @contextlib.contextmanager
-def polar_in(dtype: torch.dtype):
-    "Let the optimizer iterate Polar Express in another precision."
-    optimizer.polar_express = lambda u: polar_express(u.to(dtype)).to(u.dtype)
+def polar_in(dtype: torch.dtype, place: ModuleType):
+    "Let the optimizer of a module iterate Polar Express in another precision."
+    usual = place.polar_express
+    place.polar_express = lambda u, *_: polar_express(u.to(dtype)).to(u.dtype)
     try:
         yield
     finally:
-        optimizer.polar_express = polar_express
+        place.polar_express = usual
 
 
-def network_gradients(model: nn.Module, step: int, config: dict) -> Tensor:
+def network_gradients(model: nn.Module, step: int, config: dict, code=None) -> Tensor:
     "Add the gradients of the training loss, computed in fp64, to those that wait; returns the loss."
+    code = code or load(None)
     wide = copy.deepcopy(model).double()
     wide.at_step(step)
-    weights = torch.tensor(mtp_weights(step, config["scheduled"])).double()
+    weights = torch.tensor(code.mtp_weights(step, config["scheduled"])).double()
     stream = tokens_of(config["token_stream"] + step, config["T"] + 1)[None]
-    loss = mtp_losses(wide.logits(stream[:, :-1], *documents(config)), stream[:, 1:], weights).sum()
+    loss = code.mtp_losses(wide.logits(stream[:, :-1], *documents(config)), stream[:, 1:], weights).sum()
     loss.backward()
     add_gradients(model, {name: p.grad for name, p in wide.named_parameters() if p.grad is not None})
     return loss.detach()
@@ -209,8 +205,9 @@ def prescribed_gradients(model: nn.Module, step: int, config: dict) -> None:
         grads[name] = uniform(1000 + 100 * step + k, shape, rows) / 64
     grads["value_embeds"][::3] = 0
     grads["bigram_embed"][1::4] = 0
-    followed = config["matrices"].get("mlp_bank", range(24))
-    grads["mlp_bank"][[number >= 22 for number in followed]] = 0  # the last pair belongs to no layer
+    for name, used in USED.items():
+        numbers = config["matrices"].get(name, range(len(grads[name])))
+        grads[name][[number >= used for number in numbers]] = 0  # they belong to no layer
     add_gradients(model, grads)
 
 
@@ -240,6 +237,14 @@ def evaluation(model: nn.Module, step: int, config: dict, long: int | None = Non
     return nn.functional.cross_entropy(z, stream[0, 1:]).item()
 
 
+USED = {"qk_bank": 60, "vo_bank": 20, "mlp_bank": 22}  # matrices of a whole bank that belong to a layer
+
+
+def followed(config: dict, name: str) -> list[int]:
+    "Numbers of the matrices of a bank whose way is followed; those that only fill the bank up are left out."
+    return [n for n, number in enumerate(config["matrices"].get(name, range(USED[name]))) if number < USED[name]]
+
+
 def master(model: nn.Module, opt: torch.optim.Optimizer, name: str) -> Tensor:
     "A parameter in fp64, with the optimizer's low halves where there are any."
     p = model.get_parameter(name)
@@ -247,30 +252,33 @@ def master(model: nn.Module, opt: torch.optim.Optimizer, name: str) -> Tensor:
     return (p.detach() if low is None else optimizer.joined(p.detach(), low)).double()
 
 
-def steps_oracle(config: dict, most: int | None = None, every=lambda step, model, opt: {}) -> dict:
+def steps_oracle(config: dict, most: int | None = None, every=lambda step, model, opt: {}, script=None) -> dict:
     "Losses and distances from the start of a short run, or of its first steps; `every` adds to each step's row."
-    model = small_record(config)
-    opt = optimizer.Optimizer(model.recipe, model)
+    code = load(script)
+    model = small_record(config, code)
+    opt = code.Optimizer(model.recipe, model)
     start = {name: model.get_parameter(name).detach().double() for name in ORDER}
     rates = [group["lr"] for group in opt.param_groups]
     total, out = config["scheduled"] + config["extension"], {"steps": []}
     with_network = config["gradients"] == "network"
     if with_network:
         out["evaluation_before"] = evaluation(model, 0, config)
-    with polar_in(getattr(torch, config["polar"])):
+    with polar_in(getattr(torch, config["polar"]), code if script else optimizer):
         for step in range(most or total):
-            factor = staged_lr(step, config["scheduled"])
+            factor = code.staged_lr(step, config["scheduled"])
             for group, rate in zip(opt.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
-                group["momentum"] = momentum_at(step, total, config["momentum_warmup"], config["momentum_cooldown"])
+                group["momentum"] = code.momentum_at(
+                    step, total, config["momentum_warmup"], config["momentum_cooldown"])
             opt.step_number = step
-            loss = network_gradients(model, step, config) if with_network else prescribed_gradients(model, step, config)
+            loss = network_gradients(model, step, config, code) if with_network else prescribed_gradients(model, step, config)
             norms = {} if step else {n: model.get_parameter(n).grad.double().norm().item() for n in ORDER}
             opt.step()
             row = {"step": step, "factor": factor, "loss": loss.item() if with_network else None}
             moved = {name: master(model, opt, name) - start[name] for name in ORDER}
+            moved |= {name: moved[name][followed(config, name)] for name in USED}
             row["distances"] = {name: d.norm().item() for name, d in moved.items() if name != "mlp_bank"}
-            layers = moved["mlp_bank"][: -2 if len(moved["mlp_bank"]) == 24 else None]  # without the unused pair
+            layers = moved["mlp_bank"]
             row["distances"] |= {"mlp_up": layers[::2].norm().item(), "mlp_down": layers[1::2].norm().item()}
             out["steps"].append(row | ({"gradient_norms": norms} if norms else {}) | every(step, model, opt))
             print(json.dumps(row), file=sys.stderr, flush=True)
@@ -294,7 +302,10 @@ def main() -> None:
     parser.add_argument("--script", help="an exported script instead of the package")
     parser.add_argument("--steps", type=Path, metavar="CONFIG.json", help="a short training run instead of one pass")
     args = parser.parse_args()
-    result = steps_oracle(CONFIG | json.loads(args.steps.read_text())) if args.steps else network_oracle(args)
+    if args.steps:
+        result = steps_oracle(CONFIG | json.loads(args.steps.read_text()), script=args.script)
+    else:
+        result = network_oracle(args)
     print(json.dumps(result, indent=1))
 
 

@@ -229,6 +229,13 @@ def test_head_takes_what_autograd_and_views_bring(device):
     fp8_head(wide[:, 0], table.T).sum().backward()  # the gradient of a sum is an expanded scalar
     assert table.grad.shape == table.shape and (wide.grad[:, 1] == 0).all()
     assert relative(table.grad, x.sum(0).expand(128, 64)) < 0.09
+    leaves, grad = (x.requires_grad_(), w.requires_grad_()), torch.randn(48, 128, device=device).bfloat16()
+    right = fp8_head(*leaves)
+    found = fp8_head(column_major(leaves[0]), leaves[1])
+    assert torch.equal(found, right)
+    for a, b in zip(torch.autograd.grad(found, leaves, column_major(grad)), torch.autograd.grad(right, leaves, grad),
+                    strict=True):
+        assert torch.equal(a, b)
 
 
 @DEVICES

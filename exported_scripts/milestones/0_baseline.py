@@ -12,6 +12,7 @@ Data: `speedrun data get fineweb --shards N` or `speedrun data get demo` (llm.c'
 import argparse
 import contextlib
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -336,7 +337,7 @@ def join_world(
     if size > 1 and not dist.is_initialized():
         # NCCL refuses two processes on one GPU; gloo serves there, and on CPUs
         own_gpu = place.type == "cuda" and size <= torch.cuda.device_count()
-        dist.init_process_group("nccl" if own_gpu else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if own_gpu else "gloo")
     return World(rank, size, place)
 
 
@@ -352,6 +353,7 @@ class Run:
     log_every: int = 10  # steps between reads of the training loss (each one waits for the GPU)
     compile: bool = False  # compile the model with torch.compile
     resume: bool = False  # continue from the checkpoint in run_dir
+    rung: str = ""  # of an exported script, whose recipe does not say it
 
 
 class RunLog:
@@ -422,13 +424,17 @@ def save_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     meta: dict[str, Any],  # JSON-serialisable: step, loader position, recipe, size
+    world: World,
 ) -> None:
-    "Write weights, optimizer state and position atomically."
+    "Write weights, optimizer state and position atomically; every process has to call, the first one writes."
     tensors = {f"model.{name}": p.detach() for name, p in model.state_dict().items()}
     for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-        tensors |= {f"optimizer.{i}.{key}": value for key, value in optimizer.state[p].items()}
+        state = optimizer.state[p]
+        tensors |= {f"optimizer.{i}.{key}": value for key, value in state.items()}
         if p.grad is not None:  # waits for the next step
-            tensors[f"gradient.{i}"] = p.grad
+            tensors[f"gradient.{i}"] = world.average(p.grad)
+    if world.rank:
+        return
     partial = path.with_suffix(".partial")
     save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata={"run": json.dumps(meta)})
     with partial.open("rb") as file:
@@ -464,7 +470,7 @@ def load_checkpoint(
     for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
         prefix = f"optimizer.{i}."
         state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        # AdamW's step counter stays where the optimizer put it: on the parameter's device when fused
+        # AdamW's step counter stays where it was: on the parameter's device when fused
         optimizer.state[p] = {k: v.to(p.device) for k, v in state.items()}
         if f"gradient.{i}" in tensors:
             p.grad = tensors[f"gradient.{i}"].to(p.device)
@@ -637,8 +643,10 @@ def train(
         log.text("compiling the model and warming up kernels", console=True)
         warm_up(model, optimizer, loader, recipe, world)
         validate(model, val_files, recipe, size, world)
+        gc.collect()
+        gc.freeze()  # the compiler's many objects live as long as the run: no need to look at them again
 
-    identity = {"recipe": dataclasses.asdict(recipe), "size": size.name, "seed": run.seed}
+    identity = {"recipe": dataclasses.asdict(recipe), "size": size.name, "seed": run.seed, "rung": run.rung}
     start, watch = 0, Stopwatch(world.device)
     if run.resume:
         meta = load_checkpoint(run.run_dir / "checkpoint.safetensors", bare_model, optimizer, identity)
@@ -647,9 +655,8 @@ def train(
     log.record(start=start, world_size=world.size, device=str(world.device), torch=torch.__version__, **identity)
 
     def save(step: int) -> None:
-        if world.rank == 0:
-            meta = identity | {"step": step, "loader": loader.state(), "train_time_ms": watch.before}
-            save_checkpoint(run.run_dir / "checkpoint.safetensors", bare_model, optimizer, meta)
+        meta = identity | {"step": step, "loader": loader.state(), "train_time_ms": watch.before}
+        save_checkpoint(run.run_dir / "checkpoint.safetensors", bare_model, optimizer, meta, world)
 
     steps = total_steps(recipe)
     with stop_signals() as caught:
@@ -684,7 +691,7 @@ def train(
                     raise Interrupted(f"stopped after step {done}; continue with the same command and --resume")
 
 
-def main(recipes: dict[str, Recipe], sizes: dict[str, Size]) -> None:
+def main(recipes: dict[str, Recipe], sizes: dict[str, Size], rung: str) -> None:
     "Command line of an exported script; run it directly or under torchrun."
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--size", choices=list(recipes), default="full", help="nano runs on a laptop CPU")
@@ -708,7 +715,7 @@ def main(recipes: dict[str, Recipe], sizes: dict[str, Size]) -> None:
         world = join_world(args.device)
         run = Run(data_dir, out, args.seed, args.val_every, args.save_every,
                   log_every=10 if world.device.type == "cuda" else 1,
-                  compile=world.device.type == "cuda", resume=args.resume)
+                  compile=world.device.type == "cuda", resume=args.resume, rung=rung)
         log = RunLog(out, world.rank, args.resume)
         log.text(script.read_text(encoding="utf-8"))
         log.text("=" * 100)
@@ -770,4 +777,4 @@ RECIPES = {
 
 
 if __name__ == "__main__":
-    main(RECIPES, SIZES)
+    main(RECIPES, SIZES, "baseline")

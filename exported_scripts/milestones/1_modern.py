@@ -12,6 +12,7 @@ Data: `speedrun data get fineweb --shards N` or `speedrun data get demo` (llm.c'
 import argparse
 import contextlib
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -356,37 +357,38 @@ class GPT(nn.Module):
     def make_streams(self, layers: int, d: int, vocab_size: int) -> None:
         "The small parameters and the tables beside the blocks."
 
-    def at_step(self, step: int) -> None:
-        "Set what depends on the step: weights of the targets, windows, and what follows the long window."
-
     def attention(self, a_btd: Tensor, layer: int, matrices: tuple[Tensor, ...], extra_v: Tensor | None = None,
                   gate_w: Tensor | None = None, cu_seqlens: Tensor | None = None,
                   max_len: Tensor | None = None) -> Tensor:
         "What one layer's attention gathers, (b, t, h, k); the matrices of queries, keys and values are (d, d)."
-        q, k, v = (split_heads(a_btd, w, self.recipe.num_heads) for w in matrices)
+        q, k, v = split_heads(a_btd, torch.cat(matrices), 3 * self.recipe.num_heads).chunk(3, dim=-2)
         q, k = norm_queries_keys(q, k)
         q, k = (rotate(x, self.rotary_cos, self.rotary_sin) for x in (q, k))
         y = causal_attention(q, k, v, self.recipe.softmax_scale)
         return y
 
-    def logits(self, inputs_bt: Tensor, cu_seqlens: Tensor | None = None, max_len: Tensor | None = None) -> Tensor:
-        "Scores of every next token, (b, t, v)."
+    def hidden(self, inputs_bt: Tensor, cu_seqlens: Tensor | None = None, max_len: Tensor | None = None) -> Tensor:
+        "What the head reads, (b, t, d)."
         x_btd = self.embed[inputs_bt]
         x_btd = rms_norm(x_btd)
         qk, vo = self.qk_bank.view(-1, *self.vo_bank.shape[1:]).unbind(), self.vo_bank.unbind()
         mlp = self.mlp_bank.unbind()
         for i in range(self.recipe.num_layers):
             n = i  # number among the layers with attention
-            q_w, k_w, v_w, o_w = *qk[2 * n : 2 * n + 2], *vo[2 * n : 2 * n + 2]
+            qkv_w, o_w = torch.cat([*qk[2 * n : 2 * n + 2], vo[2 * n]]), vo[2 * n + 1]
             a_btd = rms_norm(x_btd)
             extra_v = None
             gate_w = None
-            y_bthk = self.attention(a_btd, i, (q_w, k_w, v_w), extra_v, gate_w, cu_seqlens, max_len)
+            y_bthk = self.attention(a_btd, i, qkv_w.chunk(3), extra_v, gate_w, cu_seqlens, max_len)
             y_btd = F.linear(y_bthk.flatten(2), o_w)
             x_btd = x_btd + y_btd
             y_btd = relu2_mlp(rms_norm(x_btd), up_w=mlp[2 * i], down_w=mlp[2 * i + 1])
             x_btd = x_btd + y_btd
-        x_btd = rms_norm(x_btd)
+        return rms_norm(x_btd)
+
+    def logits(self, inputs_bt: Tensor, cu_seqlens: Tensor | None = None, max_len: Tensor | None = None) -> Tensor:
+        "Scores of every next token, (b, t, v)."
+        x_btd = self.hidden(inputs_bt, cu_seqlens, max_len)
         z_btv = x_btd @ self.lm_head
         return softcap(z_btv)
 
@@ -451,7 +453,7 @@ def join_world(
     if size > 1 and not dist.is_initialized():
         # NCCL refuses two processes on one GPU; gloo serves there, and on CPUs
         own_gpu = place.type == "cuda" and size <= torch.cuda.device_count()
-        dist.init_process_group("nccl" if own_gpu else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if own_gpu else "gloo")
     return World(rank, size, place)
 
 
@@ -467,6 +469,7 @@ class Run:
     log_every: int = 10  # steps between reads of the training loss (each one waits for the GPU)
     compile: bool = False  # compile the model with torch.compile
     resume: bool = False  # continue from the checkpoint in run_dir
+    rung: str = ""  # of an exported script, whose recipe does not say it
 
 
 class RunLog:
@@ -537,13 +540,17 @@ def save_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     meta: dict[str, Any],  # JSON-serialisable: step, loader position, recipe, size
+    world: World,
 ) -> None:
-    "Write weights, optimizer state and position atomically."
+    "Write weights, optimizer state and position atomically; every process has to call, the first one writes."
     tensors = {f"model.{name}": p.detach() for name, p in model.state_dict().items()}
     for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-        tensors |= {f"optimizer.{i}.{key}": value for key, value in optimizer.state[p].items()}
+        state = optimizer.state[p]
+        tensors |= {f"optimizer.{i}.{key}": value for key, value in state.items()}
         if p.grad is not None:  # waits for the next step
-            tensors[f"gradient.{i}"] = p.grad
+            tensors[f"gradient.{i}"] = world.average(p.grad)
+    if world.rank:
+        return
     partial = path.with_suffix(".partial")
     save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata={"run": json.dumps(meta)})
     with partial.open("rb") as file:
@@ -579,7 +586,7 @@ def load_checkpoint(
     for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
         prefix = f"optimizer.{i}."
         state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        # AdamW's step counter stays where the optimizer put it: on the parameter's device when fused
+        # AdamW's step counter stays where it was: on the parameter's device when fused
         optimizer.state[p] = {k: v.to(p.device) for k, v in state.items()}
         if f"gradient.{i}" in tensors:
             p.grad = tensors[f"gradient.{i}"].to(p.device)
@@ -752,8 +759,10 @@ def train(
         log.text("compiling the model and warming up kernels", console=True)
         warm_up(model, optimizer, loader, recipe, world)
         validate(model, val_files, recipe, size, world)
+        gc.collect()
+        gc.freeze()  # the compiler's many objects live as long as the run: no need to look at them again
 
-    identity = {"recipe": dataclasses.asdict(recipe), "size": size.name, "seed": run.seed}
+    identity = {"recipe": dataclasses.asdict(recipe), "size": size.name, "seed": run.seed, "rung": run.rung}
     start, watch = 0, Stopwatch(world.device)
     if run.resume:
         meta = load_checkpoint(run.run_dir / "checkpoint.safetensors", bare_model, optimizer, identity)
@@ -762,9 +771,8 @@ def train(
     log.record(start=start, world_size=world.size, device=str(world.device), torch=torch.__version__, **identity)
 
     def save(step: int) -> None:
-        if world.rank == 0:
-            meta = identity | {"step": step, "loader": loader.state(), "train_time_ms": watch.before}
-            save_checkpoint(run.run_dir / "checkpoint.safetensors", bare_model, optimizer, meta)
+        meta = identity | {"step": step, "loader": loader.state(), "train_time_ms": watch.before}
+        save_checkpoint(run.run_dir / "checkpoint.safetensors", bare_model, optimizer, meta, world)
 
     steps = total_steps(recipe)
     with stop_signals() as caught:
@@ -799,7 +807,7 @@ def train(
                     raise Interrupted(f"stopped after step {done}; continue with the same command and --resume")
 
 
-def main(recipes: dict[str, Recipe], sizes: dict[str, Size]) -> None:
+def main(recipes: dict[str, Recipe], sizes: dict[str, Size], rung: str) -> None:
     "Command line of an exported script; run it directly or under torchrun."
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--size", choices=list(recipes), default="full", help="nano runs on a laptop CPU")
@@ -823,7 +831,7 @@ def main(recipes: dict[str, Recipe], sizes: dict[str, Size]) -> None:
         world = join_world(args.device)
         run = Run(data_dir, out, args.seed, args.val_every, args.save_every,
                   log_every=10 if world.device.type == "cuda" else 1,
-                  compile=world.device.type == "cuda", resume=args.resume)
+                  compile=world.device.type == "cuda", resume=args.resume, rung=rung)
         log = RunLog(out, world.rank, args.resume)
         log.text(script.read_text(encoding="utf-8"))
         log.text("=" * 100)
@@ -894,4 +902,4 @@ RECIPES = {
 
 
 if __name__ == "__main__":
-    main(RECIPES, SIZES)
+    main(RECIPES, SIZES, "softcap")

@@ -12,13 +12,14 @@ Data: `speedrun data get fineweb --shards N` or `speedrun data get demo` (llm.c'
 import argparse
 import contextlib
 import dataclasses
+import gc
 import json
 import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -276,11 +277,11 @@ def softcap(
 def nesterov(
     buffer: Tensor,  # running mean of gradients, changed in place
     grad: Tensor,  # like buffer
-    momentum: float,  # decay of the mean, 0..1
+    momentum: float | Tensor,  # decay of the mean, 0..1; a scalar
 ) -> Tensor:  # like buffer: the mean one step ahead
     "Momentum that looks one step ahead (Nesterov's form)."
-    buffer.lerp_(grad, 1 - momentum)
-    return grad.lerp(buffer, momentum)
+    buffer += (1 - momentum) * (grad - buffer)
+    return buffer + (1 - momentum) * (grad - buffer)
 
 
 # ---- 21_polar ------------------------------------------------------------------------------------
@@ -294,8 +295,26 @@ POLAR_COEFFICIENTS = (  # a, b, c of iteration 1..5; chapter 21 derives them
 )
 
 
+def plain_gram(
+    x: Tensor,  # (n, r, c)
+) -> Tensor:  # (n, s, s) with s the smaller of r and c
+    "The products of the columns of a tall matrix, of the rows of any other."
+    return x.mT @ x if x.shape[-2] > x.shape[-1] else x @ x.mT
+
+
+def plain_quintic(
+    gram: Tensor,  # (n, s, s)
+    b: float,
+    c: float,
+) -> Tensor:  # (n, s, s)
+    "What an odd quintic multiplies X by, beside its first coefficient."
+    return b * gram + c * gram @ gram
+
+
 def polar_express(
     u: Tensor,  # (n, r, c): a stack of matrices
+    gram_of: Callable = plain_gram,
+    quintic: Callable = plain_quintic,
 ) -> Tensor:  # (n, r, c), singular values near one (0.86..1.14)
     "Replace each matrix by a nearly orthogonal one with the same singular vectors (Amsel et al. 2025; record 38)."
     # bf16 is enough and fast on a GPU; on a CPU without bf16 instructions it would be slower than fp32
@@ -303,9 +322,8 @@ def polar_express(
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
     tall = x.shape[-2] > x.shape[-1]
     for a, b, c in POLAR_COEFFICIENTS:
-        gram = x.mT @ x if tall else x @ x.mT  # the smaller of the two
-        poly = b * gram + c * gram @ gram
-        x = a * x + (x @ poly if tall else poly @ x)
+        poly = quintic(gram_of(x), b, c)
+        x = torch.baddbmm(x, *((x, poly) if tall else (poly, x)), beta=a)  # a * x + the product
     return x.to(u.dtype)
 
 
@@ -353,7 +371,8 @@ def transposed_state(
     state: dict[str, Tensor],  # of the head, (d, v)
 ) -> dict[str, Tensor]:  # of the embedding, (v, d)
     "Adam's state of the head for the embedding that leaves it, so that it goes on as if nothing had happened."
-    return {key: value.T.clone() if value.dim() == 2 else value.clone() for key, value in state.items()}
+    copies = {key: value.T if value.dim() == 2 else value for key, value in state.items()}
+    return {key: value.clone(memory_format=torch.contiguous_format) for key, value in copies.items()}
 
 
 # ---- 90_recipe -----------------------------------------------------------------------------------
@@ -431,37 +450,38 @@ class GPT(nn.Module):
     def make_streams(self, layers: int, d: int, vocab_size: int) -> None:
         "The small parameters and the tables beside the blocks."
 
-    def at_step(self, step: int) -> None:
-        "Set what depends on the step: weights of the targets, windows, and what follows the long window."
-
     def attention(self, a_btd: Tensor, layer: int, matrices: tuple[Tensor, ...], extra_v: Tensor | None = None,
                   gate_w: Tensor | None = None, cu_seqlens: Tensor | None = None,
                   max_len: Tensor | None = None) -> Tensor:
         "What one layer's attention gathers, (b, t, h, k); the matrices of queries, keys and values are (d, d)."
-        q, k, v = (split_heads(a_btd, w, self.recipe.num_heads) for w in matrices)
+        q, k, v = split_heads(a_btd, torch.cat(matrices), 3 * self.recipe.num_heads).chunk(3, dim=-2)
         q, k = norm_queries_keys(q, k)
         q, k = (rotate(x, self.rotary_cos, self.rotary_sin) for x in (q, k))
         y = causal_attention(q, k, v, self.recipe.softmax_scale)
         return y
 
-    def logits(self, inputs_bt: Tensor, cu_seqlens: Tensor | None = None, max_len: Tensor | None = None) -> Tensor:
-        "Scores of every next token, (b, t, v)."
+    def hidden(self, inputs_bt: Tensor, cu_seqlens: Tensor | None = None, max_len: Tensor | None = None) -> Tensor:
+        "What the head reads, (b, t, d)."
         x_btd = self.embed[inputs_bt]
         x_btd = rms_norm(x_btd)
         qk, vo = self.qk_bank.view(-1, *self.vo_bank.shape[1:]).unbind(), self.vo_bank.unbind()
         mlp = self.mlp_bank.unbind()
         for i in range(self.recipe.num_layers):
             n = i  # number among the layers with attention
-            q_w, k_w, v_w, o_w = *qk[2 * n : 2 * n + 2], *vo[2 * n : 2 * n + 2]
+            qkv_w, o_w = torch.cat([*qk[2 * n : 2 * n + 2], vo[2 * n]]), vo[2 * n + 1]
             a_btd = rms_norm(x_btd)
             extra_v = None
             gate_w = None
-            y_bthk = self.attention(a_btd, i, (q_w, k_w, v_w), extra_v, gate_w, cu_seqlens, max_len)
+            y_bthk = self.attention(a_btd, i, qkv_w.chunk(3), extra_v, gate_w, cu_seqlens, max_len)
             y_btd = F.linear(y_bthk.flatten(2), o_w)
             x_btd = x_btd + y_btd
             y_btd = relu2_mlp(rms_norm(x_btd), up_w=mlp[2 * i], down_w=mlp[2 * i + 1])
             x_btd = x_btd + y_btd
-        x_btd = rms_norm(x_btd)
+        return rms_norm(x_btd)
+
+    def logits(self, inputs_bt: Tensor, cu_seqlens: Tensor | None = None, max_len: Tensor | None = None) -> Tensor:
+        "Scores of every next token, (b, t, v)."
+        x_btd = self.hidden(inputs_bt, cu_seqlens, max_len)
         z_btv = x_btd @ self.lm_head
         return softcap(z_btv)
 
@@ -488,6 +508,7 @@ class Rule:
     decay: float = 0.0  # factor on the base weight decay of the rule
     betas: tuple[float, float] = (0.9, 0.95)  # Adam only
     lr_odd: float = 1.0  # Muon only: factor on every second matrix of the bank
+    travels: Literal["all", "shares", "rows"] = "all"  # how processes exchange gradients: chapters 54 and 55
 
 
 def parameter_rules() -> dict[str, Rule]:  # parameter name -> rule
@@ -503,34 +524,55 @@ def parameter_rules() -> dict[str, Rule]:  # parameter name -> rule
     return rules
 
 
-def adam_update(
-    grad: Tensor,
+def adam_step_size(
     state: dict[str, Tensor],  # exp_avg, exp_avg_sq, step; filled at the first call
+    like: Tensor,
     lr: float,
     betas: tuple[float, float],
-) -> Tensor:  # what to subtract, fp32
-    "Adam without decay (Kingma and Ba 2014, arXiv 1412.6980), epsilon 1e-10 outside of the bias correction."
+) -> float:
+    "Count one update; the learning rate with the correction of moments that start at zero."
     if not state:
-        state |= {"exp_avg": torch.zeros_like(grad, dtype=torch.float32),
-                  "exp_avg_sq": torch.zeros_like(grad, dtype=torch.float32), "step": torch.zeros(())}
-    grad = grad.float()
+        state |= {"exp_avg": torch.zeros_like(like, dtype=torch.float32),
+                  "exp_avg_sq": torch.zeros_like(like, dtype=torch.float32), "step": torch.zeros(())}
     state["step"] += 1
-    state["exp_avg"].lerp_(grad, 1 - betas[0])
-    state["exp_avg_sq"].lerp_(grad.square(), 1 - betas[1])
     t = state["step"].item()
-    step_size = lr * math.sqrt(1 - betas[1] ** t) / (1 - betas[0] ** t)
-    return state["exp_avg"] / (state["exp_avg_sq"].sqrt() + 1e-10) * step_size
+    return lr * math.sqrt(1 - betas[1] ** t) / (1 - betas[0] ** t)
+
+
+def adam_direction(
+    grad: Tensor,
+    exp_avg: Tensor,  # fp32, changed in place
+    exp_avg_sq: Tensor,  # fp32, changed in place
+    beta1: float | Tensor,
+    beta2: float | Tensor,
+) -> Tensor:  # fp32
+    "What the step size multiplies."
+    grad = grad.float()
+    exp_avg += (1 - beta1) * (grad - exp_avg)
+    exp_avg_sq += (1 - beta2) * (grad.square() - exp_avg_sq)
+    return exp_avg / (exp_avg_sq.sqrt() + 1e-10)
 
 
 class Optimizer(torch.optim.Optimizer):
     "Adam for tables and scalars, Muon for banks; one parameter group per parameter, as the table says."
 
-    def __init__(self, recipe: Recipe, model: nn.Module):
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: nn.Module,
+        compile: bool = False,  # compile the arithmetic of both rules
+    ):
         self.recipe, self.params = recipe, dict(model.named_parameters())
         rules, base = parameter_rules(), {"adam": recipe.adam_lr, "muon": recipe.muon_lr}
         groups = [vars(rules[name]) | {"params": [p], "name": name, "lr": base[rules[name].rule] * rules[name].lr,
                                        "momentum": recipe.muon_momentum} for name, p in self.params.items()]
         super().__init__(groups, {})
+        self.move_adam = self.move_small = self.adam
+        self.move_muon = self.muon
+        if compile:  # a graph for each size of table and each bank, and one for all that is small
+            self.move_adam = torch.compile(self.adam, dynamic=False, fullgraph=True)
+            self.move_small = torch.compile(self.adam, dynamic=True, fullgraph=True)
+            self.move_muon = torch.compile(self.muon, dynamic=False, fullgraph=True)
         self.step_number = 1  # set by the training loop before every step
 
     def due(self) -> list[dict]:
@@ -547,41 +589,71 @@ class Optimizer(torch.optim.Optimizer):
         if tied:
             head.grad += embed.grad.T
             embed.grad = None
-        for group in self.due():
+        groups = [group for group in self.due() if group["params"][0].grad is not None]
+        for group in groups:
             p = group["params"][0]
-            if p.grad is None:
-                continue
+            share, grad = p, p.grad
             if group["rule"] == "muon":
-                self.muon(p, group)
+                self.step_muon(share, grad, self.state[p], group)
             else:
-                self.adam(p, group)
+                self.step_adam(share, grad, self.state[p], group)
             p.grad = None
         if tied:
             embed.copy_(head.T)
             if self.step_number == split:
-                self.state[embed] = transposed_state(self.state[head])
+                state = transposed_state(self.state[head])
+                self.state[embed] = state
 
-    def adam(self, p: Tensor, group: dict) -> None:
+    def whole_state(self, p: Tensor) -> dict[str, Tensor]:
+        "State of a parameter, from all processes; every process has to ask."
+        return self.state[p]
+
+    def set_state(self, p: Tensor, state: dict[str, Tensor]) -> None:
+        "Put what `whole_state` gave in place, for any number of processes."
+        self.state[p] = state
+
+    def step_adam(self, p: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict) -> None:
+        "One update by Adam's rule."
+        step_size = adam_step_size(state, p, group["lr"], group["betas"])
+        decay = group["lr"] ** 2 * self.recipe.adam_decay * group["decay"]
+        # scalars as tensors on the CPU: a compiled rule reads them, and does not compile again when they change
+        numbers = torch.tensor([*group["betas"], step_size, decay]).unbind()
+        move = self.move_adam if p.numel() > 2**20 else self.move_small
+        move(p.view(-1), grad.reshape(-1), state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1), *numbers)
+
+    def adam(self, p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, beta1: Tensor, beta2: Tensor,
+             step_size: Tensor, decay: Tensor) -> None:
         "Adam's rule."
-        update = adam_update(p.grad, self.state[p], group["lr"], group["betas"])
-        strength = group["lr"] ** 2 * self.recipe.adam_decay * group["decay"]
-        update += cautious_decay(p.float(), update, strict=True) * strength
+        update = adam_direction(grad, exp_avg, exp_avg_sq, beta1, beta2) * step_size
+        update += cautious_decay(p.float(), update, strict=True) * decay
         p.copy_(p.float() - update)
 
-    def muon(self, p: Tensor, group: dict) -> None:
-        "Muon's rule, for all matrices of a bank at once."
-        state = self.state[p]
+    def step_muon(self, p: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict) -> None:
+        "One update by Muon's rule, for all matrices of a bank, or of a share of it, at once."
         if not state:
             state["momentum_buffer"] = torch.zeros_like(p, dtype=torch.float32)
-        update = nesterov(state["momentum_buffer"], p.grad.float(), group["momentum"])
+            one = p[..., :1] if p.shape[-2] >= p.shape[-1] else p[..., :1, :]  # of each neuron
+            state["second_moment"] = torch.zeros_like(one, dtype=torch.float32)
+        shape_factor = math.sqrt(max(1, p.shape[-2] / p.shape[-1]))
+        decay = self.recipe.muon_decay * group["lr"] * group["decay"]
+        numbers = torch.tensor([group["momentum"], group["lr"] * shape_factor, decay])
+        self.move_muon(p, grad, state, self.matrix_factors(p, group), *numbers.unbind())
+
+    def matrix_factors(self, p: Tensor, group: dict) -> Tensor:
+        "A factor on the learning rate of each matrix of a bank, or of this process's share of it, (n, 1, 1)."
+        factors = torch.ones(len(group["params"][0]), 1, 1)
+        factors[1::2] = group["lr_odd"]
+        return factors.to(p.device, non_blocking=True)
+
+    def muon(self, p: Tensor, grad: Tensor, state: dict[str, Tensor], factors: Tensor, momentum: Tensor, lr: Tensor,
+             decay: Tensor) -> None:
+        "Muon's rule."
+        update = nesterov(state["momentum_buffer"], grad.float(), momentum)
         update = polar_express(update)
         update = equalise(update, state, self.recipe.normuon_beta2)
-        lr = torch.full((len(p), 1, 1), group["lr"] * math.sqrt(max(1, p.shape[-2] / p.shape[-1])), device=p.device)
-        lr[1::2] *= group["lr_odd"]
         old = p
-        new = old - update * lr
-        decay = self.recipe.muon_decay * group["lr"] * group["decay"]
-        new -= cautious_decay(old, update, strict=False) * (decay * lr)
+        new = old - update * (lr * factors)
+        new -= cautious_decay(old, update, strict=False) * (decay * lr * factors)
         p.copy_(new)
 
 
@@ -634,7 +706,7 @@ def join_world(
     if size > 1 and not dist.is_initialized():
         # NCCL refuses two processes on one GPU; gloo serves there, and on CPUs
         own_gpu = place.type == "cuda" and size <= torch.cuda.device_count()
-        dist.init_process_group("nccl" if own_gpu else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if own_gpu else "gloo")
     return World(rank, size, place)
 
 
@@ -650,6 +722,7 @@ class Run:
     log_every: int = 10  # steps between reads of the training loss (each one waits for the GPU)
     compile: bool = False  # compile the model with torch.compile
     resume: bool = False  # continue from the checkpoint in run_dir
+    rung: str = ""  # of an exported script, whose recipe does not say it
 
 
 class RunLog:
@@ -703,9 +776,9 @@ class RunLog:
         self.record(step=step, val_loss=val_loss, train_time_ms=train_time_ms, tokens=tokens)
 
 
-def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(recipe: Recipe, model: nn.Module, compile: bool = False) -> torch.optim.Optimizer:
     "PyTorch's AdamW, or from the rung `muon` on the optimizer that grows."
-    return Optimizer(recipe, model)
+    return Optimizer(recipe, model, compile)
 
 
 def lr_factor(recipe: Recipe, step: int) -> float:
@@ -719,13 +792,17 @@ def save_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     meta: dict[str, Any],  # JSON-serialisable: step, loader position, recipe, size
+    world: World,
 ) -> None:
-    "Write weights, optimizer state and position atomically."
+    "Write weights, optimizer state and position atomically; every process has to call, the first one writes."
     tensors = {f"model.{name}": p.detach() for name, p in model.state_dict().items()}
     for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-        tensors |= {f"optimizer.{i}.{key}": value for key, value in optimizer.state[p].items()}
+        state = optimizer.whole_state(p)
+        tensors |= {f"optimizer.{i}.{key}": value for key, value in state.items()}
         if p.grad is not None:  # waits for the next step
-            tensors[f"gradient.{i}"] = p.grad
+            tensors[f"gradient.{i}"] = world.average(p.grad)
+    if world.rank:
+        return
     partial = path.with_suffix(".partial")
     save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata={"run": json.dumps(meta)})
     with partial.open("rb") as file:
@@ -761,8 +838,7 @@ def load_checkpoint(
     for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
         prefix = f"optimizer.{i}."
         state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        # AdamW's step counter stays where the optimizer put it: on the parameter's device when fused
-        optimizer.state[p] = {k: v.to(p.device) for k, v in state.items()}
+        optimizer.set_state(p, {k: v.to(p.device) if v.dim() else v for k, v in state.items()})
         if f"gradient.{i}" in tensors:
             p.grad = tensors[f"gradient.{i}"].to(p.device)
     return meta
@@ -926,13 +1002,15 @@ def train(
     torch.manual_seed(run.seed)
     bare_model = build_model(recipe, size).to(world.device)
     model = torch.compile(bare_model, dynamic=False, fullgraph=True) if run.compile else bare_model
-    optimizer = build_optimizer(recipe, bare_model)
+    optimizer = build_optimizer(recipe, bare_model, run.compile)
     if run.compile:
         log.text("compiling the model and warming up kernels", console=True)
         warm_up(model, optimizer, loader, recipe, world)
         validate(model, val_files, recipe, size, world)
+        gc.collect()
+        gc.freeze()  # the compiler's many objects live as long as the run: no need to look at them again
 
-    identity = {"recipe": dataclasses.asdict(recipe), "size": size.name, "seed": run.seed}
+    identity = {"recipe": dataclasses.asdict(recipe), "size": size.name, "seed": run.seed, "rung": run.rung}
     start, watch = 0, Stopwatch(world.device)
     if run.resume:
         meta = load_checkpoint(run.run_dir / "checkpoint.safetensors", bare_model, optimizer, identity)
@@ -941,9 +1019,8 @@ def train(
     log.record(start=start, world_size=world.size, device=str(world.device), torch=torch.__version__, **identity)
 
     def save(step: int) -> None:
-        if world.rank == 0:
-            meta = identity | {"step": step, "loader": loader.state(), "train_time_ms": watch.before}
-            save_checkpoint(run.run_dir / "checkpoint.safetensors", bare_model, optimizer, meta)
+        meta = identity | {"step": step, "loader": loader.state(), "train_time_ms": watch.before}
+        save_checkpoint(run.run_dir / "checkpoint.safetensors", bare_model, optimizer, meta, world)
 
     steps = total_steps(recipe)
     with stop_signals() as caught:
@@ -978,7 +1055,7 @@ def train(
                     raise Interrupted(f"stopped after step {done}; continue with the same command and --resume")
 
 
-def main(recipes: dict[str, Recipe], sizes: dict[str, Size]) -> None:
+def main(recipes: dict[str, Recipe], sizes: dict[str, Size], rung: str) -> None:
     "Command line of an exported script; run it directly or under torchrun."
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--size", choices=list(recipes), default="full", help="nano runs on a laptop CPU")
@@ -1002,7 +1079,7 @@ def main(recipes: dict[str, Recipe], sizes: dict[str, Size]) -> None:
         world = join_world(args.device)
         run = Run(data_dir, out, args.seed, args.val_every, args.save_every,
                   log_every=10 if world.device.type == "cuda" else 1,
-                  compile=world.device.type == "cuda", resume=args.resume)
+                  compile=world.device.type == "cuda", resume=args.resume, rung=rung)
         log = RunLog(out, world.rank, args.resume)
         log.text(script.read_text(encoding="utf-8"))
         log.text("=" * 100)
@@ -1076,4 +1153,4 @@ RECIPES = {
 
 
 if __name__ == "__main__":
-    main(RECIPES, SIZES)
+    main(RECIPES, SIZES, "late_split")
