@@ -93,7 +93,7 @@ def extended_name(statement: cst.BaseStatement) -> str | None:
         calls = [statement.body[0].value]
     for node in calls:
         method = node.func if isinstance(node, cst.Call) else node
-        if m.matches(method, m.Attribute(value=m.Name())):
+        if m.matches(method, m.Attribute(value=m.Name(), attr=m.Name(m.MatchRegex("register_")))):
             return method.value.value
     return None
 
@@ -767,7 +767,7 @@ def export_script(
     others = [s for s in module.body if not m.matches(s, IMPORT)]
     records = f"record{'s' * (len(step.records) > 1)} {', '.join(step.records)}"
     if step is LADDER[-1]:
-        records += ", and with it all of record 82"
+        records += " and so all of record 82"
     summary = step.summary[0].upper() + step.summary[1:] + "."
     header = HEADER.format(title=summary, rung=rung, records=records, chapter=step.chapter)
     return "\n\n\n".join([

@@ -41,7 +41,8 @@ def check_factors(a8_mk: Tensor, b8_kn: Tensor, scale: Tensor) -> None:
     "Raise `ValueError` for factors that cuBLASLt would refuse with less to read."
     kinds = {a8_mk.dtype, b8_kn.dtype}
     if kinds not in ({torch.float8_e4m3fn}, {torch.float8_e4m3fn, torch.float8_e5m2}):
-        raise ValueError(f"fp8_matmul takes e4m3 factors, one of which may be e5m2, not {a8_mk.dtype} and {b8_kn.dtype}")
+        raise ValueError("fp8_matmul takes e4m3 factors, one of which may be e5m2, "
+                         f"not {a8_mk.dtype} and {b8_kn.dtype}")
     if a8_mk.dim() != 2 or b8_kn.dim() != 2 or a8_mk.shape[1] != b8_kn.shape[0]:
         raise ValueError(f"fp8_matmul cannot multiply {tuple(a8_mk.shape)} by {tuple(b8_kn.shape)}")
     if not a8_mk.is_contiguous():
@@ -53,8 +54,8 @@ def check_factors(a8_mk: Tensor, b8_kn: Tensor, scale: Tensor) -> None:
         raise ValueError(f"the scale must be a 0-dim fp32 tensor on {a8_mk.device}, not {scale.dtype}, shape "
                          f"{tuple(scale.shape)}, on {scale.device}")
     if a8_mk.is_cuda and (b8_kn.shape[0] % 16 or b8_kn.shape[1] % 16):
-        raise ValueError(f"a GPU multiplies FP8 by a {tuple(b8_kn.shape)} matrix only if both sizes are multiples of 16 "
-                         "(tokens, width and vocabulary): pad them")
+        raise ValueError(f"a GPU multiplies FP8 by a {tuple(b8_kn.shape)} matrix only if both sizes are multiples of "
+                         "16 (tokens, width and vocabulary): pad them")
 
 # %% ../nbs/50_fp8_head.ipynb #d5f026f0
 @torch.library.custom_op("speedrun::fp8_matmul", mutates_args=())

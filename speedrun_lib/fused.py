@@ -70,9 +70,9 @@ def relu2_slope_times(grad, post, INTERPRET: tl.constexpr):
 # %% ../nbs/53_fused.ipynb #bf23c4bb
 @triton.jit
 def linear_relu2_kernel(
-    x_desc, w_desc, post_desc, out_desc, post_ptr,  # (m, k), (n, k), (m, n), (m, n) twice; post and out in half tiles
+    x_desc, w_desc, post_desc, out_desc,  # (m, k), (n, k), (m, n), (m, n); the last two in half tiles
     m, n, K: tl.constexpr, BACKWARD: tl.constexpr, INTERPRET: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PREFETCH: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     "out = relu2(x wᵀ), or backward x wᵀ times the slope of relu2; each program computes tiles until none is left."
     HALF: tl.constexpr = BLOCK_N // 2
@@ -82,11 +82,6 @@ def linear_relu2_kernel(
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         row = tile // across * BLOCK_M
         column = tile % across * BLOCK_N
-        if PREFETCH and BACKWARD and not INTERPRET:  # into L2, a line of 128 bytes each
-            i = tl.minimum(row + tl.arange(0, BLOCK_M), m - 1)[:, None].to(tl.int64)
-            j = tl.minimum(column + 64 * tl.arange(0, BLOCK_N // 64), n - 1)[None, :]
-            tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l",
-                                      [(post_ptr + i * n + j).to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for start in range(0, K, BLOCK_K):
             x = x_desc.load([row, start])
@@ -109,13 +104,13 @@ def linear_relu2_kernel(
         out_desc.store([row, column + HALF], right)
 
 # %% ../nbs/53_fused.ipynb #b4d1d2d9
-MLP_TILES = {  # block_m, block_n, block_k, stages of the pipeline, warps, programs on a processor
-    "9": (128, 256, 64, 4, 8, 1, 0),  # record 59's, for an H100
-    "fallback": (128, 128, 32, 3, 8, 1, 0),  # for 100 KB of shared memory
+MLP_TILES = {  # block_m, block_n, block_k, stages of the pipeline, warps; those for "9" are record 59's, tuned on an H100
+    "9": (128, 256, 64, 4, 8),
+    "fallback": (128, 128, 32, 3, 8),  # for 100 KB of shared memory
 }
 MLP_GRADIENT_TILES = {
-    "9": (128, 256, 64, 3, 8, 1, 0),
-    "fallback": (128, 128, 32, 3, 8, 1, 0),
+    "9": (128, 256, 64, 3, 8),
+    "fallback": (128, 128, 32, 3, 8),
 }
 
 
@@ -123,23 +118,23 @@ def linear_relu2_launch(
     x_mk: Tensor,
     w_nk: Tensor,
     post_mn: Tensor | None = None,  # for the backward mode
-    tiles: tuple[int, ...] | None = None,  # as in `MLP_TILES`
+    tiles: tuple[int, int, int, int, int] | None = None,  # as in `MLP_TILES`
 ) -> Tensor:  # (m, n)
     "Run `linear_relu2_kernel`."
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     (m, k), n, table = x_mk.shape, len(w_nk), MLP_TILES if post_mn is None else MLP_GRADIENT_TILES
-    block_m, block_n, block_k, stages, warps, programs, prefetch = tiles or tiles_for(x_mk, table)
+    block_m, block_n, block_k, stages, warps = tiles or tiles_for(x_mk, table)
     out_mn = x_mk.new_empty(m, n)
     x = TensorDescriptor(x_mk, [m, k], [k, 1], [block_m, block_k])
     w = TensorDescriptor(w_nk, [n, k], [k, 1], [block_n, block_k])
     out = TensorDescriptor(out_mn, [m, n], [n, 1], [block_m, block_n // 2])
     post = out if post_mn is None else TensorDescriptor(post_mn, [m, n], [n, 1], [block_m, block_n // 2])
-    programs = min(programs * processors(x_mk.device), -(-m // block_m) * -(-n // block_n))
+    programs = min(processors(x_mk.device), -(-m // block_m) * -(-n // block_n))
     with on_device_of(x_mk):
         linear_relu2_kernel[programs,](
-            x, w, post, out, out_mn if post_mn is None else post_mn, m, n, k, post_mn is not None, INTERPRETED,
-            block_m, block_n, block_k, prefetch, num_warps=warps, num_stages=stages)
+            x, w, post, out, m, n, k, post_mn is not None, INTERPRETED, block_m, block_n, block_k,
+            num_warps=warps, num_stages=stages)
     return out_mn
 
 # %% ../nbs/53_fused.ipynb #7bd7ecd8
@@ -228,22 +223,12 @@ def tanh_of(x, INTERPRET: tl.constexpr):
 
 
 @triton.jit
-def exp2_of(t, SHARE: tl.constexpr, INTERPRET: tl.constexpr):
-    "2^(11.5 log2(e) t - 17); SHARE of every four by a polynomial (relative error 8e-5), without special functions."
+def exp2_of(t, INTERPRET: tl.constexpr):
+    "2^(11.5 log2(e) t - 17); every second one by a polynomial (relative error 8e-5), to spare the special functions."
     HALF: tl.constexpr = 11.5 * 1.4426950408889634
-    if SHARE == 0 or INTERPRET:
+    if INTERPRET:
         y = tl.exp2(HALF * t - 17.0)
-    elif SHARE == 1:
-        y = tl.inline_asm_elementwise("""{ .reg .f32 s, f, p; .reg .b32 i, j;
-            fma.rn.f32 $0, $4, 0f4184BA5B, 0fC1880000; ex2.approx.ftz.f32 $0, $0;
-            fma.rn.f32 $1, $5, 0f4184BA5B, 0fC1880000; ex2.approx.ftz.f32 $1, $1;
-            fma.rn.f32 $2, $6, 0f4184BA5B, 0fC1880000; ex2.approx.ftz.f32 $2, $2;
-            fma.rn.f32 s, $7, 0f4184BA5B, 0f4B3FFFEF; sub.f32 f, 0f4B3FFFEF, s;
-            fma.rn.f32 f, $7, 0f4184BA5B, f; fma.rn.f32 p, f, 0f3D61FBB0, 0f3E786F0D;
-            fma.rn.f32 p, p, f, 0f3F31798D; fma.rn.f32 p, p, f, 0f3F7FFB49;
-            mov.b32 i, s; mov.b32 j, p; shl.b32 i, i, 23; add.s32 j, j, i; mov.b32 $3, j; }""",
-            "=&f,=&f,=&f,=&f,f,f,f,f", [t], dtype=tl.float32, is_pure=True, pack=4)
-    else:
+    else:  # s has the nearest integer in its last bits, from where a shift takes it to the exponent; f is the rest
         y = tl.inline_asm_elementwise("""{ .reg .f32 s, f, p; .reg .b32 i, j;
             fma.rn.f32 $0, $2, 0f4184BA5B, 0fC1880000; ex2.approx.ftz.f32 $0, $0;
             fma.rn.f32 s, $3, 0f4184BA5B, 0f4B3FFFEF; sub.f32 f, 0f4B3FFFEF, s;
@@ -257,8 +242,7 @@ def exp2_of(t, SHARE: tl.constexpr, INTERPRET: tl.constexpr):
 @triton.jit
 def softcapped_kernel(
     z_ptr, target_ptr, weight_ptr, loss_ptr, grad_ptr, rows, grad_factor,
-    V: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr, SHARE: tl.constexpr,
-    LOAD: tl.constexpr, STORE: tl.constexpr, INTERPRET: tl.constexpr,
+    V: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr, INTERPRET: tl.constexpr,
 ):
     "Loss and gradient of one row of logits after the other; a row stays in registers, the next one is on its way."
     LOG2_E: tl.constexpr = 1.4426950408889634
@@ -279,10 +263,10 @@ def softcapped_kernel(
         total = tl.zeros((CHUNK,), tl.float32)
         kept = ()
         for i in tl.static_range(0, V, CHUNK):
-            z = tl.load(z_ptr + start + i + column, mask=i + column < V, other=0.0, eviction_policy=LOAD).to(tl.float32)
+            z = tl.load(z_ptr + start + i + column, mask=i + column < V, other=0.0).to(tl.float32)
             t = tanh_of(z * (1 / 15) + 1 / 3, INTERPRET)
             kept = kept + (t.to(tl.float16),)
-            e = exp2_of(t, SHARE, INTERPRET)
+            e = exp2_of(t, INTERPRET)
             total += e if i + CHUNK <= V else tl.where(i + column < V, e, 0.0)
         # the exponents lie between -34 and 0: no maximum is needed
         log_sum = tl.log2(tl.sum(total)) + 17.0
@@ -306,14 +290,10 @@ def softcapped_kernel(
             if here:
                 for k in tl.static_range(N):
                     grad = tl.where(i + column == targets[k], at_target[k], grad)
-            tl.store(grad_ptr + start + i + column, grad.to(grad_ptr.dtype.element_ty), mask=i + column < V,
-                     cache_modifier=STORE)
+            tl.store(grad_ptr + start + i + column, grad.to(grad_ptr.dtype.element_ty), mask=i + column < V)
 
 # %% ../nbs/53_fused.ipynb #6d29d46c
-LOSS_TILES = {  # chunk of a row, warps, stages of the pipeline of rows, share of polynomials
-    "9": (4096, 16, 3, 0, "", ""),
-    "fallback": (4096, 16, 1, 0, "", ""),
-}
+LOSS_TILES = {"9": (4096, 16, 3), "fallback": (4096, 16, 1)}  # chunk of a row, warps, stages; tuned on an H100
 LONGEST_ROW = 53_248  # two rows fit into the shared memory of a Hopper GPU
 
 
@@ -322,17 +302,17 @@ def softcapped_launch(
     targets_t: Tensor,
     weights_n: Tensor,
     grad_dtype: torch.dtype,
-    tiles: tuple | None = None,  # as in `LOSS_TILES`
+    tiles: tuple[int, int, int] | None = None,  # as in `LOSS_TILES`
 ) -> tuple[Tensor, Tensor]:
     "Run `softcapped_kernel` with one program on each processor."
     t, v = z_tv.shape
-    chunk, warps, stages, share, load, store = tiles or tiles_for(z_tv, LOSS_TILES)
+    chunk, warps, stages = tiles or tiles_for(z_tv, LOSS_TILES)
     loss_t, grad_tv = z_tv.new_empty(t, dtype=torch.float32), z_tv.new_empty(z_tv.shape, dtype=grad_dtype)
     unit = GRADIENT_SCALE if grad_dtype == torch.float8_e5m2 else 1.0
     with on_device_of(z_tv):
         softcapped_kernel[min(t, processors(z_tv.device)),](
             z_tv, targets_t, weights_n, loss_t, grad_tv, t, 11.5 / 15 / unit, v, len(weights_n), chunk, stages,
-            share, load, store, INTERPRETED, num_warps=warps)
+            INTERPRETED, num_warps=warps)
     return loss_t, grad_tv
 
 # %% ../nbs/53_fused.ipynb #6a857f55

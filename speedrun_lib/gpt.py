@@ -180,7 +180,7 @@ class GPT(nn.Module):
     def hidden(self, inputs_bt: Tensor, cu_seqlens: Tensor | None = None, max_len: Tensor | None = None) -> Tensor:
         "What the head reads, (b, t, d)."
         last = self.recipe.num_layers - 1
-        x_btd = self.embed[inputs_bt]
+        x_btd = F.embedding(inputs_bt, self.embed)  # compiled, its gradient adds up in fp32; that of indexing in bf16
         if self.recipe.positions == "learned":
             x_btd = x_btd + self.position[: inputs_bt.shape[1]]
         if self.recipe.lambdas:
@@ -193,7 +193,7 @@ class GPT(nn.Module):
         if self.recipe.x0_skip:
             x0_btd, x0_lambdas = x_btd, self.x0_lambdas.bfloat16().unbind()
         if self.recipe.bigram:
-            pairs_btd = self.bigram_embed[bigram_rows(inputs_bt, self.recipe.bigram_size)]
+            pairs_btd = F.embedding(bigram_rows(inputs_bt, self.recipe.bigram_size), self.bigram_embed)
             bigram_lambdas = self.bigram_lambdas.bfloat16().unbind()
             x_btd = x_btd + bigram_lambdas[0] * pairs_btd
         if self.recipe.value_embeds:

@@ -102,13 +102,13 @@ def adam_direction(
     grad: Tensor,
     exp_avg: Tensor,  # fp32, changed in place
     exp_avg_sq: Tensor,  # fp32, changed in place
-    beta1: float | Tensor,
-    beta2: float | Tensor,
+    new1: float | Tensor,  # 1 - beta1, the weight of what is new
+    new2: float | Tensor,
 ) -> Tensor:  # fp32
     "What the step size multiplies."
     grad = grad.float()
-    exp_avg += (1 - beta1) * (grad - exp_avg)
-    exp_avg_sq += (1 - beta2) * (grad.square() - exp_avg_sq)
+    exp_avg += new1 * (grad - exp_avg)
+    exp_avg_sq += new2 * (grad.square() - exp_avg_sq)
     return exp_avg / (exp_avg_sq.sqrt() + 1e-10)
 
 
@@ -120,7 +120,7 @@ def adam_update(
 ) -> Tensor:  # what to subtract, fp32
     "Adam without decay (Kingma and Ba 2014, arXiv 1412.6980), epsilon 1e-10 outside of the bias correction."
     step_size = adam_step_size(state, grad, lr, betas)
-    return adam_direction(grad, state["exp_avg"], state["exp_avg_sq"], *betas) * step_size
+    return adam_direction(grad, state["exp_avg"], state["exp_avg_sq"], *(1 - beta for beta in betas)) * step_size
 
 # %% ../nbs/92_optimizer.ipynb #42936c8f
 class Optimizer(torch.optim.Optimizer):
@@ -244,14 +244,14 @@ class Optimizer(torch.optim.Optimizer):
         step_size = adam_step_size(state, p, group["lr"], group["betas"])
         decay = group["lr"] ** 2 * self.recipe.adam_decay * group["decay"] if self.recipe.cautious else 0.0
         # scalars as tensors on the CPU: a compiled rule reads them, and does not compile again when they change
-        numbers = torch.tensor([*group["betas"], step_size, decay]).unbind()
+        numbers = torch.tensor([*(1 - beta for beta in group["betas"]), step_size, decay]).unbind()
         move = self.move_adam if p.numel() > 2**20 else self.move_small
         move(p.view(-1), grad.reshape(-1), state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1), *numbers)
 
-    def adam(self, p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, beta1: Tensor, beta2: Tensor,
+    def adam(self, p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, new1: Tensor, new2: Tensor,
              step_size: Tensor, decay: Tensor) -> None:
         "Adam's rule."
-        update = adam_direction(grad, exp_avg, exp_avg_sq, beta1, beta2) * step_size
+        update = adam_direction(grad, exp_avg, exp_avg_sq, new1, new2) * step_size
         if self.recipe.cautious:
             update += cautious_decay(p.float(), update, strict=True) * decay
         p.copy_(p.float() - update)

@@ -34,7 +34,7 @@ class SparseRows:
             self.used[bigram_rows(inputs_bt, len(self.used)).flatten()] = True
 
     def mark_gradient(self, grad: Tensor | None) -> None:
-        "Note the rows of a gradient that waits for the next step: a checkpoint has it, but not the tokens it came from."
+        "Note the rows of a gradient that waits for the next step: a checkpoint has it, but not its tokens."
         if self.active and grad is not None:
             self.used |= grad.any(1).cpu()
 

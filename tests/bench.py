@@ -52,20 +52,21 @@ def row(
     moved: float = 0.0,  # bytes that have to be read and written at least
     rate: str = "bf16",  # ceiling of the operations: bf16 or fp8
     error: float = float("nan"),  # ||out - exact|| / ||exact||
+    runs: int = 30,  # timed calls
 ) -> dict:
     "Measure one version of a kernel; the floor is what the larger of its two needs takes at this machine's ceilings."
     about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
              "kernel": kernel, "shape": shape, "version": version}
     try:
-        times = milliseconds(function)
+        times = milliseconds(function, runs)
     except Exception as problem:  # a version that breaks is a result too
         return about | {"note": f"{type(problem).__name__}: {problem}".split("\n")[0][:200]}
     ms = statistics.median(times)
     floor = max(1e-9 * flop / ceilings()[f"{rate}_tflop_per_s"], 1e-6 * moved / ceilings()["gb_per_s"])
     return about | {
-        "runs": len(times), "median_ms": ms, "min_ms": min(times), "max_ms": max(times), "tflop_per_s": 1e-9 * flop / ms,
-        "gb_per_s": 1e-6 * moved / ms, "floor_ms": floor, "share": floor / ms, "error": error,
-        **{f"ceiling_{name}": value for name, value in ceilings().items()}, "note": ""}
+        "runs": len(times), "median_ms": ms, "min_ms": min(times), "max_ms": max(times),
+        "tflop_per_s": 1e-9 * flop / ms, "gb_per_s": 1e-6 * moved / ms, "floor_ms": floor, "share": floor / ms,
+        "error": error, **{f"ceiling_{name}": value for name, value in ceilings().items()}, "note": ""}
 
 
 def command_line(description: str, measure: Callable[[], list[dict]]) -> None:

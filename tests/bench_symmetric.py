@@ -154,10 +154,9 @@ def measure() -> list[dict]:
 
 
 TRIED = [  # block, block_k, group, stages, warps, descriptors
-    *((128, 64, 8, stages, warps, False) for stages, warps in ((3, 4), (3, 8), (4, 8))),
-    (128, 32, 8, 4, 8, False), (64, 64, 8, 4, 4, False),
-    *((128, 64, 8, stages, warps, True) for stages, warps in ((3, 4), (3, 8), (4, 4), (4, 8), (5, 8))),
-    (128, 32, 8, 5, 8, True), (128, 128, 8, 2, 8, True), (128, 128, 8, 3, 8, True), (64, 64, 8, 4, 4, True),
+    *((128, 64, 8, stages, warps, kind) for stages, warps in ((3, 4), (3, 8), (4, 8)) for kind in (False, True)),
+    *((128, block_k, 8, stages, 8, True) for block_k, stages in ((32, 5), (32, 6), (128, 3))),
+    (128, 32, 8, 4, 8, False), (64, 64, 8, 4, 4, True),
 ]
 TRIED_TRANSPOSES = [(*blocks, warps) for blocks in ((32, 32), (64, 128), (128, 64), (128, 128))
                     for warps in (4, 8)]

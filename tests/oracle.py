@@ -271,7 +271,10 @@ def steps_oracle(config: dict, most: int | None = None, every=lambda step, model
                 group["momentum"] = code.momentum_at(
                     step, total, config["momentum_warmup"], config["momentum_cooldown"])
             opt.step_number = step
-            loss = network_gradients(model, step, config, code) if with_network else prescribed_gradients(model, step, config)
+            if with_network:
+                loss = network_gradients(model, step, config, code)
+            else:
+                loss = prescribed_gradients(model, step, config)
             norms = {} if step else {n: model.get_parameter(n).grad.double().norm().item() for n in ORDER}
             opt.step()
             row = {"step": step, "factor": factor, "loss": loss.item() if with_network else None}

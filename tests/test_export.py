@@ -55,11 +55,11 @@ def test_scripts_stand_alone_and_are_clean(rung, tmp_path):
     assert "speedrun_lib" not in source and "# %%" not in source and "recipe_for" not in source
 
 
-@pytest.mark.parametrize("rung", ["baseline", "muon", "bf16_weights"])
+@pytest.mark.parametrize("rung", ["baseline", "muon", LADDER[-1].name])
 def test_script_and_package_give_the_same_losses(rung, shards, tmp_path):
     path = tmp_path / f"{rung}.py"
     path.write_text(export_script(rung))
-    steps = "1" if rung == "bf16_weights" else "4"  # the last rung adds its four steps after the schedule
+    steps = "1" if rung == LADDER[-1].name else "4"  # the last rung adds its four steps after the schedule
     args = ["--size", "nano", "--steps", steps, "--device", "cpu", "--data", str(shards)]
     done = run_script(path, *args, "--out", str(tmp_path / "script"))
     assert done.returncode == 0, done.stderr

@@ -21,7 +21,7 @@ from speedrun_lib import gpt
 from speedrun_lib.fp8 import GRADIENT_SCALE, decided_fp8
 from speedrun_lib.fused import (
     LOSS_TILES,
-    MLP_TILES,
+    MLP_GRADIENT_TILES,
     FusedHeadLoss,
     FusedMLP,
     fused_head_loss,
@@ -106,7 +106,7 @@ def test_linear_relu2_and_its_gradient(device, t, d, n):
 
 
 @DEVICES
-@pytest.mark.parametrize("tiles", [(16, 32, 16, 2, 4, 1, 0), (32, 64, 32, 3, 4, 2, 1), *MLP_TILES.values()])
+@pytest.mark.parametrize("tiles", [(16, 32, 16, 2, 4), (32, 64, 32, 3, 4), *MLP_GRADIENT_TILES.values()])
 def test_tiles_do_not_matter(device, tiles):
     if device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("needs tensor descriptors")
@@ -243,7 +243,7 @@ def test_the_formulas_against_autograd(t, v, n, repeats):
 
 @DEVICES
 @given(t=st.integers(1, 6), v=st.sampled_from([2, 63, 64, 65, 200]), n=st.integers(1, 3), repeats=st.booleans(),
-       tiles=st.sampled_from([(64, 4, 1, 0, "", ""), (32, 4, 3, 2, "", ""), (128, 4, 3, 1, "evict_first", ".cs")]))
+       tiles=st.sampled_from([(64, 4, 1), (32, 4, 3), (128, 4, 3)]))
 @few
 def test_the_loss_kernel_against_autograd(device, t, v, n, repeats, tiles):
     z, targets, weights = loss_inputs(t, v, n, repeats=repeats)
@@ -363,7 +363,8 @@ def fp8_head(monkeypatch):
 def test_on_a_cpu_the_head_is_exact():
     inputs = head_inputs(10, 16, 40)
     assert torch.equal(fused_head_loss(*inputs), plain_head_loss(*inputs))
-    for a, b in zip(gradients(FusedHeadLoss.apply, *inputs), gradients(plain_head_loss, *inputs), strict=True):
+    found, exact = (gradients(function, *inputs, factor=3.0) for function in (FusedHeadLoss.apply, plain_head_loss))
+    for a, b in zip(found, exact, strict=True):
         assert off(a, b) < 1e-6  # the losses of the operator are fp32
 
 

@@ -1,6 +1,9 @@
 "Sharding: any number of processes updates like one, and state goes in and out of shares without loss."
 
 import dataclasses
+import multiprocessing
+import time
+import warnings
 
 import pytest
 import torch
@@ -156,7 +159,8 @@ def test_padding_learns_nothing():
 
 def test_shares_make_a_whole():
     def round_trip(rank):
-        exchange, state = Exchange(), {"mantissa": torch.arange(24).to(torch.uint16).view(8, 3), "step": torch.tensor(3.0)}
+        mantissa = torch.arange(24).to(torch.uint16).view(8, 3)
+        exchange, state = Exchange(), {"mantissa": mantissa, "step": torch.tensor(3.0)}
         part = exchange.share_state(state)
         whole = exchange.whole_state(part)
         return len(part["mantissa"]), whole["mantissa"].tolist(), whole["step"].item()
@@ -167,8 +171,26 @@ def test_shares_make_a_whole():
 
 def test_a_failing_process_is_reported(capfd):
     with pytest.raises(RuntimeError, match="a process failed"):
-        in_processes(2, lambda rank: 1 / rank)
+        in_processes(2, lambda rank: 1 / rank and time.sleep(60))
     assert "ZeroDivisionError" in capfd.readouterr().err
+    for process in multiprocessing.active_children():
+        process.join(10)
+    assert not multiprocessing.active_children(), "the others would wait for ever"
+
+
+def test_tensors_come_back_and_nothing_warns(monkeypatch):
+    def averaged(rank):
+        warnings.simplefilter("error")  # torch 2.13 has new names for two collectives
+        exchange, p = Exchange(), torch.zeros(4)
+        exchange.send(p, torch.full((4,), 2.0 * rank), in_shares=True)
+        exchange.spread(p, exchange.receive(p))
+        exchange.finish()
+        return p
+
+    assert all(torch.equal(p, torch.ones(4)) for p in in_processes(2, averaged))
+    wait = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: wait(1))  # look so late that the process is gone
+    assert in_processes(1, lambda rank: torch.ones(3))[0].sum() == 3
 
 
 def test_the_split_copies_the_state_of_all_shares(alone, monkeypatch):

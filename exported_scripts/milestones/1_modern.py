@@ -369,7 +369,7 @@ class GPT(nn.Module):
 
     def hidden(self, inputs_bt: Tensor, cu_seqlens: Tensor | None = None, max_len: Tensor | None = None) -> Tensor:
         "What the head reads, (b, t, d)."
-        x_btd = self.embed[inputs_bt]
+        x_btd = F.embedding(inputs_bt, self.embed)  # compiled, its gradient adds up in fp32; that of indexing in bf16
         x_btd = rms_norm(x_btd)
         qk, vo = self.qk_bank.view(-1, *self.vo_bank.shape[1:]).unbind(), self.vo_bank.unbind()
         mlp = self.mlp_bank.unbind()

@@ -462,7 +462,7 @@ class GPT(nn.Module):
 
     def hidden(self, inputs_bt: Tensor, cu_seqlens: Tensor | None = None, max_len: Tensor | None = None) -> Tensor:
         "What the head reads, (b, t, d)."
-        x_btd = self.embed[inputs_bt]
+        x_btd = F.embedding(inputs_bt, self.embed)  # compiled, its gradient adds up in fp32; that of indexing in bf16
         x_btd = rms_norm(x_btd)
         qk, vo = self.qk_bank.view(-1, *self.vo_bank.shape[1:]).unbind(), self.vo_bank.unbind()
         mlp = self.mlp_bank.unbind()
@@ -543,13 +543,13 @@ def adam_direction(
     grad: Tensor,
     exp_avg: Tensor,  # fp32, changed in place
     exp_avg_sq: Tensor,  # fp32, changed in place
-    beta1: float | Tensor,
-    beta2: float | Tensor,
+    new1: float | Tensor,  # 1 - beta1, the weight of what is new
+    new2: float | Tensor,
 ) -> Tensor:  # fp32
     "What the step size multiplies."
     grad = grad.float()
-    exp_avg += (1 - beta1) * (grad - exp_avg)
-    exp_avg_sq += (1 - beta2) * (grad.square() - exp_avg_sq)
+    exp_avg += new1 * (grad - exp_avg)
+    exp_avg_sq += new2 * (grad.square() - exp_avg_sq)
     return exp_avg / (exp_avg_sq.sqrt() + 1e-10)
 
 
@@ -617,14 +617,14 @@ class Optimizer(torch.optim.Optimizer):
         step_size = adam_step_size(state, p, group["lr"], group["betas"])
         decay = group["lr"] ** 2 * self.recipe.adam_decay * group["decay"]
         # scalars as tensors on the CPU: a compiled rule reads them, and does not compile again when they change
-        numbers = torch.tensor([*group["betas"], step_size, decay]).unbind()
+        numbers = torch.tensor([*(1 - beta for beta in group["betas"]), step_size, decay]).unbind()
         move = self.move_adam if p.numel() > 2**20 else self.move_small
         move(p.view(-1), grad.reshape(-1), state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1), *numbers)
 
-    def adam(self, p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, beta1: Tensor, beta2: Tensor,
+    def adam(self, p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, new1: Tensor, new2: Tensor,
              step_size: Tensor, decay: Tensor) -> None:
         "Adam's rule."
-        update = adam_direction(grad, exp_avg, exp_avg_sq, beta1, beta2) * step_size
+        update = adam_direction(grad, exp_avg, exp_avg_sq, new1, new2) * step_size
         update += cautious_decay(p.float(), update, strict=True) * decay
         p.copy_(p.float() - update)
 

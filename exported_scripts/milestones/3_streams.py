@@ -684,13 +684,13 @@ class GPT(nn.Module):
     def hidden(self, inputs_bt: Tensor, cu_seqlens: Tensor | None = None, max_len: Tensor | None = None) -> Tensor:
         "What the head reads, (b, t, d)."
         last = self.recipe.num_layers - 1
-        x_btd = self.embed[inputs_bt]
+        x_btd = F.embedding(inputs_bt, self.embed)  # compiled, its gradient adds up in fp32; that of indexing in bf16
         scalars = self.scalars.unbind()
         resid, post = (p.bfloat16().flatten().unbind() for p in (self.resid_lambdas, self.post_lambdas))
         x_btd = smear(x_btd, self.smear_gate, scalars[-2])
         x_btd = rms_norm(x_btd)
         x0_btd, x0_lambdas = x_btd, self.x0_lambdas.bfloat16().unbind()
-        pairs_btd = self.bigram_embed[bigram_rows(inputs_bt, self.recipe.bigram_size)]
+        pairs_btd = F.embedding(bigram_rows(inputs_bt, self.recipe.bigram_size), self.bigram_embed)
         bigram_lambdas = self.bigram_lambdas.bfloat16().unbind()
         x_btd = x_btd + bigram_lambdas[0] * pairs_btd
         values = dict(zip(VALUE_LAYERS, value_rows(self.value_embeds, inputs_bt), strict=True))
@@ -816,13 +816,13 @@ def adam_direction(
     grad: Tensor,
     exp_avg: Tensor,  # fp32, changed in place
     exp_avg_sq: Tensor,  # fp32, changed in place
-    beta1: float | Tensor,
-    beta2: float | Tensor,
+    new1: float | Tensor,  # 1 - beta1, the weight of what is new
+    new2: float | Tensor,
 ) -> Tensor:  # fp32
     "What the step size multiplies."
     grad = grad.float()
-    exp_avg += (1 - beta1) * (grad - exp_avg)
-    exp_avg_sq += (1 - beta2) * (grad.square() - exp_avg_sq)
+    exp_avg += new1 * (grad - exp_avg)
+    exp_avg_sq += new2 * (grad.square() - exp_avg_sq)
     return exp_avg / (exp_avg_sq.sqrt() + 1e-10)
 
 
@@ -890,14 +890,14 @@ class Optimizer(torch.optim.Optimizer):
         step_size = adam_step_size(state, p, group["lr"], group["betas"])
         decay = group["lr"] ** 2 * self.recipe.adam_decay * group["decay"]
         # scalars as tensors on the CPU: a compiled rule reads them, and does not compile again when they change
-        numbers = torch.tensor([*group["betas"], step_size, decay]).unbind()
+        numbers = torch.tensor([*(1 - beta for beta in group["betas"]), step_size, decay]).unbind()
         move = self.move_adam if p.numel() > 2**20 else self.move_small
         move(p.view(-1), grad.reshape(-1), state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1), *numbers)
 
-    def adam(self, p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, beta1: Tensor, beta2: Tensor,
+    def adam(self, p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, new1: Tensor, new2: Tensor,
              step_size: Tensor, decay: Tensor) -> None:
         "Adam's rule."
-        update = adam_direction(grad, exp_avg, exp_avg_sq, beta1, beta2) * step_size
+        update = adam_direction(grad, exp_avg, exp_avg_sq, new1, new2) * step_size
         update += cautious_decay(p.float(), update, strict=True) * decay
         p.copy_(p.float() - update)
 

@@ -851,43 +851,6 @@ def attention_kernels(q_thk: Tensor):
     return next(kernels for other, *_, kernels in ATTENTION if other == name)
 
 
-@varlen_attention_op.register_fake
-def varlen_attention_shapes(q_thk, k_thk, v_thk, cu_seqlens, max_seqlen, window, softmax_scale, rows):
-    t, h, _ = q_thk.shape
-    return q_thk.new_empty(q_thk.shape), q_thk.new_empty((h, t), dtype=torch.float32)
-
-
-@torch.library.custom_op("speedrun::varlen_attention_backward", mutates_args=())
-def varlen_attention_backward(
-    grad_thk: Tensor, q_thk: Tensor, k_thk: Tensor, v_thk: Tensor, out_thk: Tensor, lse_ht: Tensor, cu_seqlens: Tensor,
-    max_seqlen: Tensor, window: Tensor, softmax_scale: Tensor, rows: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # gradients of q, k, v
-    "Gradients of `varlen_attention_op`."
-    _, backward = attention_kernels(q_thk)
-    grads = backward(grad_thk.contiguous(), q_thk, k_thk, v_thk, out_thk, lse_ht, cu_seqlens,
-                     rows * int(max_seqlen), int(window), float(softmax_scale))
-    return tuple(x.contiguous() for x in grads)
-
-
-@varlen_attention_backward.register_fake
-def varlen_gradient_shapes(grad_thk, q_thk, k_thk, v_thk, *_):
-    return q_thk.new_empty(q_thk.shape), k_thk.new_empty(k_thk.shape), v_thk.new_empty(v_thk.shape)
-
-
-def keep_for_backward(ctx, inputs: tuple, output: tuple) -> None:
-    "Inputs and outputs that the gradients need."
-    q_thk, k_thk, v_thk, *rest, ctx.rows = inputs
-    ctx.save_for_backward(q_thk, k_thk, v_thk, *output, *rest)
-
-
-def differentiate(ctx, grad_thk: Tensor, _) -> tuple[Tensor | None, ...]:
-    "Gradients for autograd."
-    return *varlen_attention_backward(grad_thk, *ctx.saved_tensors, ctx.rows), None, None, None, None, None
-
-
-varlen_attention_op.register_autograd(differentiate, setup_context=keep_for_backward)
-
-
 def varlen_attention(
     q_thk: Tensor,
     k_thk: Tensor,
@@ -1240,13 +1203,13 @@ class GPT(nn.Module):
     def hidden(self, inputs_bt: Tensor, cu_seqlens: Tensor | None = None, max_len: Tensor | None = None) -> Tensor:
         "What the head reads, (b, t, d)."
         last = self.recipe.num_layers - 1
-        x_btd = self.embed[inputs_bt]
+        x_btd = F.embedding(inputs_bt, self.embed)  # compiled, its gradient adds up in fp32; that of indexing in bf16
         scalars = self.scalars.unbind()
         resid, post = (p.bfloat16().flatten().unbind() for p in (self.resid_lambdas, self.post_lambdas))
         x_btd = smear(x_btd, self.smear_gate, scalars[-2])
         x_btd = rms_norm(x_btd)
         x0_btd, x0_lambdas = x_btd, self.x0_lambdas.bfloat16().unbind()
-        pairs_btd = self.bigram_embed[bigram_rows(inputs_bt, self.recipe.bigram_size)]
+        pairs_btd = F.embedding(bigram_rows(inputs_bt, self.recipe.bigram_size), self.bigram_embed)
         bigram_lambdas = self.bigram_lambdas.bfloat16().unbind()
         x_btd = x_btd + bigram_lambdas[0] * pairs_btd
         values = dict(zip(VALUE_LAYERS, value_rows(self.value_embeds, inputs_bt), strict=True))
@@ -1372,13 +1335,13 @@ def adam_direction(
     grad: Tensor,
     exp_avg: Tensor,  # fp32, changed in place
     exp_avg_sq: Tensor,  # fp32, changed in place
-    beta1: float | Tensor,
-    beta2: float | Tensor,
+    new1: float | Tensor,  # 1 - beta1, the weight of what is new
+    new2: float | Tensor,
 ) -> Tensor:  # fp32
     "What the step size multiplies."
     grad = grad.float()
-    exp_avg += (1 - beta1) * (grad - exp_avg)
-    exp_avg_sq += (1 - beta2) * (grad.square() - exp_avg_sq)
+    exp_avg += new1 * (grad - exp_avg)
+    exp_avg_sq += new2 * (grad.square() - exp_avg_sq)
     return exp_avg / (exp_avg_sq.sqrt() + 1e-10)
 
 
@@ -1446,14 +1409,14 @@ class Optimizer(torch.optim.Optimizer):
         step_size = adam_step_size(state, p, group["lr"], group["betas"])
         decay = group["lr"] ** 2 * self.recipe.adam_decay * group["decay"]
         # scalars as tensors on the CPU: a compiled rule reads them, and does not compile again when they change
-        numbers = torch.tensor([*group["betas"], step_size, decay]).unbind()
+        numbers = torch.tensor([*(1 - beta for beta in group["betas"]), step_size, decay]).unbind()
         move = self.move_adam if p.numel() > 2**20 else self.move_small
         move(p.view(-1), grad.reshape(-1), state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1), *numbers)
 
-    def adam(self, p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, beta1: Tensor, beta2: Tensor,
+    def adam(self, p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, new1: Tensor, new2: Tensor,
              step_size: Tensor, decay: Tensor) -> None:
         "Adam's rule."
-        update = adam_direction(grad, exp_avg, exp_avg_sq, beta1, beta2) * step_size
+        update = adam_direction(grad, exp_avg, exp_avg_sq, new1, new2) * step_size
         update += cautious_decay(p.float(), update, strict=True) * decay
         p.copy_(p.float() - update)
 
