@@ -840,6 +840,43 @@ def attention_kernels(q_thk: Tensor):
     return next(kernels for other, *_, kernels in ATTENTION if other == name)
 
 
+@varlen_attention_op.register_fake
+def varlen_attention_shapes(q_thk, k_thk, v_thk, cu_seqlens, max_seqlen, window, softmax_scale, rows):
+    t, h, _ = q_thk.shape
+    return q_thk.new_empty(q_thk.shape), q_thk.new_empty((h, t), dtype=torch.float32)
+
+
+@torch.library.custom_op("speedrun::varlen_attention_backward", mutates_args=())
+def varlen_attention_backward(
+    grad_thk: Tensor, q_thk: Tensor, k_thk: Tensor, v_thk: Tensor, out_thk: Tensor, lse_ht: Tensor, cu_seqlens: Tensor,
+    max_seqlen: Tensor, window: Tensor, softmax_scale: Tensor, rows: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # gradients of q, k, v
+    "Gradients of `varlen_attention_op`."
+    _, backward = attention_kernels(q_thk)
+    grads = backward(grad_thk.contiguous(), q_thk, k_thk, v_thk, out_thk, lse_ht, cu_seqlens,
+                     rows * int(max_seqlen), int(window), float(softmax_scale))
+    return tuple(x.contiguous() for x in grads)
+
+
+@varlen_attention_backward.register_fake
+def varlen_gradient_shapes(grad_thk, q_thk, k_thk, v_thk, *_):
+    return q_thk.new_empty(q_thk.shape), k_thk.new_empty(k_thk.shape), v_thk.new_empty(v_thk.shape)
+
+
+def keep_for_backward(ctx, inputs: tuple, output: tuple) -> None:
+    "Inputs and outputs that the gradients need."
+    q_thk, k_thk, v_thk, *rest, ctx.rows = inputs
+    ctx.save_for_backward(q_thk, k_thk, v_thk, *output, *rest)
+
+
+def differentiate(ctx, grad_thk: Tensor, _) -> tuple[Tensor | None, ...]:
+    "Gradients for autograd."
+    return *varlen_attention_backward(grad_thk, *ctx.saved_tensors, ctx.rows), None, None, None, None, None
+
+
+varlen_attention_op.register_autograd(differentiate, setup_context=keep_for_backward)
+
+
 def varlen_attention(
     q_thk: Tensor,
     k_thk: Tensor,
@@ -1162,6 +1199,11 @@ def fp8_matmul(
     return torch._scaled_mm(a8_mk, b8_kn, scale_a=scale, scale_b=one, out_dtype=dtype, use_fast_accum=fast_accum)
 
 
+@fp8_matmul.register_fake
+def fp8_matmul_shape(a8_mk, b8_kn, scale, fast_accum, dtype):
+    return a8_mk.new_empty((a8_mk.shape[0], b8_kn.shape[1]), dtype=dtype)
+
+
 def plain_transpose(
     x: Tensor,  # (m, n)
 ) -> Tensor:  # (n, m), row-major
@@ -1335,6 +1377,11 @@ def transposed(
     out_nm = x_mn.new_empty(x_mn.shape[::-1])
     copy_transposed(out_nm, x_mn)
     return out_nm
+
+
+@transposed.register_fake
+def transposed_shape(x_mn):
+    return x_mn.new_empty(x_mn.shape[::-1])
 
 
 @torch.library.custom_op("speedrun::copy_transposed", mutates_args={"dst_nm"})
@@ -1513,6 +1560,12 @@ def symmetric_gram(
     return symmetric_launch(x_nrc.mT if x_nrc.shape[-2] > x_nrc.shape[-1] else x_nrc)
 
 
+@symmetric_gram.register_fake
+def symmetric_gram_shape(x_nrc):
+    side = min(x_nrc.shape[-2:])
+    return x_nrc.new_empty(x_nrc.shape[0], side, side)
+
+
 @torch.library.custom_op("speedrun::symmetric_quintic", mutates_args=())
 def symmetric_quintic(
     gram_nss: Tensor,  # symmetric matrices; only symmetric ones give what the name says
@@ -1525,6 +1578,11 @@ def symmetric_quintic(
     if not suits_symmetric(gram_nss):
         return plain_quintic(gram_nss, b, c)
     return symmetric_launch(gram_nss, b, c, quintic=True)
+
+
+@symmetric_quintic.register_fake
+def symmetric_quintic_shape(gram_nss, b, c):
+    return gram_nss.new_empty(gram_nss.shape)
 
 
 # ---- 53_fused ------------------------------------------------------------------------------------
@@ -1600,7 +1658,7 @@ def linear_relu2_kernel(
         out_desc.store([row, column + HALF], right)
 
 
-MLP_TILES = {  # block_m, block_n, block_k, stages of the pipeline, warps; those for "9" are record 59's, tuned on an H100
+MLP_TILES = {  # block_m, block_n, block_k, pipeline stages, warps; an H100 likes record 59's
     "9": (128, 256, 64, 4, 8),
     "fallback": (128, 128, 32, 3, 8),  # for 100 KB of shared memory
 }
@@ -1666,6 +1724,11 @@ def linear_relu2(
         raise ValueError(f"linear_relu2 needs rows that start at multiples of 16 bytes: pad {tuple(x_mk.shape)} and "
                          f"{tuple(w_nk.shape)} to multiples of 8 columns, and clone tensors that start elsewhere")
     return linear_relu2_launch(*given)
+
+
+@linear_relu2.register_fake
+def linear_relu2_shape(x_mk, w_nk, post_mn):
+    return x_mk.new_empty(x_mk.shape[0], w_nk.shape[0])
 
 
 class FusedMLP(torch.autograd.Function):
@@ -1838,6 +1901,11 @@ def softcapped_losses(
     if grad_dtype == torch.float8_e5m2:
         grad_tv = grad_tv / GRADIENT_SCALE
     return loss_t.float(), grad_tv.to(grad_dtype)
+
+
+@softcapped_losses.register_fake
+def softcapped_losses_shape(z_tv, targets_t, weights_n, grad_dtype):
+    return z_tv.new_empty(z_tv.shape[0], dtype=torch.float32), z_tv.new_empty(z_tv.shape, dtype=grad_dtype)
 
 
 class FusedHeadLoss(torch.autograd.Function):

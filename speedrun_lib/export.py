@@ -93,7 +93,7 @@ def extended_name(statement: cst.BaseStatement) -> str | None:
         calls = [statement.body[0].value]
     for node in calls:
         method = node.func if isinstance(node, cst.Call) else node
-        if m.matches(method, m.Attribute(value=m.Name(), attr=m.Name(m.MatchRegex("register_")))):
+        if m.matches(method, m.Attribute(value=m.Name(), attr=m.Name(m.MatchRegex("register_.*")))):
             return method.value.value
     return None
 

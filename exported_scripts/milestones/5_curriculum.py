@@ -840,6 +840,43 @@ def attention_kernels(q_thk: Tensor):
     return next(kernels for other, *_, kernels in ATTENTION if other == name)
 
 
+@varlen_attention_op.register_fake
+def varlen_attention_shapes(q_thk, k_thk, v_thk, cu_seqlens, max_seqlen, window, softmax_scale, rows):
+    t, h, _ = q_thk.shape
+    return q_thk.new_empty(q_thk.shape), q_thk.new_empty((h, t), dtype=torch.float32)
+
+
+@torch.library.custom_op("speedrun::varlen_attention_backward", mutates_args=())
+def varlen_attention_backward(
+    grad_thk: Tensor, q_thk: Tensor, k_thk: Tensor, v_thk: Tensor, out_thk: Tensor, lse_ht: Tensor, cu_seqlens: Tensor,
+    max_seqlen: Tensor, window: Tensor, softmax_scale: Tensor, rows: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # gradients of q, k, v
+    "Gradients of `varlen_attention_op`."
+    _, backward = attention_kernels(q_thk)
+    grads = backward(grad_thk.contiguous(), q_thk, k_thk, v_thk, out_thk, lse_ht, cu_seqlens,
+                     rows * int(max_seqlen), int(window), float(softmax_scale))
+    return tuple(x.contiguous() for x in grads)
+
+
+@varlen_attention_backward.register_fake
+def varlen_gradient_shapes(grad_thk, q_thk, k_thk, v_thk, *_):
+    return q_thk.new_empty(q_thk.shape), k_thk.new_empty(k_thk.shape), v_thk.new_empty(v_thk.shape)
+
+
+def keep_for_backward(ctx, inputs: tuple, output: tuple) -> None:
+    "Inputs and outputs that the gradients need."
+    q_thk, k_thk, v_thk, *rest, ctx.rows = inputs
+    ctx.save_for_backward(q_thk, k_thk, v_thk, *output, *rest)
+
+
+def differentiate(ctx, grad_thk: Tensor, _) -> tuple[Tensor | None, ...]:
+    "Gradients for autograd."
+    return *varlen_attention_backward(grad_thk, *ctx.saved_tensors, ctx.rows), None, None, None, None, None
+
+
+varlen_attention_op.register_autograd(differentiate, setup_context=keep_for_backward)
+
+
 def varlen_attention(
     q_thk: Tensor,
     k_thk: Tensor,
