@@ -94,7 +94,7 @@ def load_model(
     path = run_dir / "checkpoint.safetensors" if run_dir.is_dir() else run_dir
     tensors, meta = read_checkpoint(path)
     recipe, size = Recipe(**meta["recipe"]), SIZES[meta["size"]]
-    if meta["rung"]:  # an exported script: its recipe has no choices, the rung has them
+    if meta.get("rung"):  # an exported script: its recipe has no choices, the rung has them
         recipe = dataclasses.replace(recipe_for(meta["rung"], size.name), **meta["recipe"])
     model = build_model(recipe, size)
     model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})

@@ -6,7 +6,7 @@ One row for each backend, length of a part, window, and kind of call:
 - device, torch, backend
 - tokens, heads, head_dim, documents (of at least one token), slots (with documents of length zero), longest, window
 - call: `forward`, or `forward_backward` (the gradients of q, k and v as well)
-- runs, median_ms, min_ms, max_ms: CUDA events around one call, after five calls to warm up
+- runs, median_ms, min_ms, max_ms: as in tests/bench.py
 - tflop: 4 x heads x head_dim for every pair of tokens that see each other, and 10 more for the gradients, as 10^12;
   tflop_per_s at the median; floor_ms: the same work at 650 TFLOP/s, what an H100 reaches in matrix products
 - error_out, error_q, error_k, error_v: norm of the difference to attention in float64 on the same bf16 numbers, over
@@ -15,7 +15,7 @@ One row for each backend, length of a part, window, and kind of call:
 
 Documents have FineWeb's median and mean (log-normal; 403 and 690 tokens, at least 32) and are cut as in the stages of
 the record. Queries, keys and values are bf16, queries and keys of length sqrt(head_dim); the softmax scale is 0.1 as in
-the record's first stage. Nothing clears the GPU's cache between calls. `reference` waits for the CPU at each document.
+the record's first stage. `reference` waits for the CPU at each document.
 """
 
 import argparse
@@ -39,6 +39,7 @@ from speedrun_lib.documents import (
     reference_forward,
     varlen_attention,
 )
+from tests.bench import milliseconds
 
 HEADS, HEAD_DIM, SCALE = 6, 128, 0.1
 # tokens of a part, longest document, short and long window
@@ -80,21 +81,6 @@ def call(inputs: list[torch.Tensor], scalars: tuple[torch.Tensor, ...], backward
     q, k, v = (x.detach().requires_grad_(backward) for x in (q, k, v))
     out = varlen_attention(q, k, v, *scalars)
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), grad)] if backward else [out]
-
-
-def milliseconds(function, runs: int) -> list[float]:
-    "Times of single calls."
-    for _ in range(5):
-        function()
-    times = []
-    for _ in range(runs):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        function()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return times
 
 
 def errors(longest: int, window: int, tokens: int = 4096) -> dict[str, float]:

@@ -11,3 +11,11 @@ def one_thread():
     torch.set_num_threads(1)  # several test runs may share two cores
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def fresh_compiler():
+    "Nothing compiled before, nothing left behind."
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

@@ -488,14 +488,6 @@ def test_operator_registrations():
                           test_utils=("test_schema", "test_faketensor"))
 
 
-@pytest.fixture
-def fresh_compiler():
-    "Nothing compiled before, nothing left behind."
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def test_windows_scale_and_longest_document_do_not_compile_again(fresh_compiler):
     counter = CompileCounter()
     attention = torch.compile(varlen_attention, backend=counter, fullgraph=True, dynamic=False)

@@ -255,14 +255,6 @@ def test_other_scales_are_worse(device, monkeypatch, name, wrong, bound):
 # ---- the compiler
 
 
-@pytest.fixture
-def fresh_compiler():
-    "Nothing compiled before, nothing left behind."
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def head_loss(x, w, targets):
     "The head as the network uses it."
     z = fp8_head(x.flatten(0, 1), w) if uses_fp8(x.device.type) else x.flatten(0, 1) @ w

@@ -1,19 +1,13 @@
 """Fused MLP and fused loss: kernels against plain PyTorch, in Triton's interpreter and on a GPU, and the operators.
 
-Triton decides when it is imported whether it interprets; so the tests of kernels on a CPU run in a process of their
-own, which `test_kernels_in_the_interpreter` starts.
+How kernels are tested on a CPU: `tests/kernels.py`.
 """
 
-import importlib.util
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -36,15 +30,8 @@ from speedrun_lib.logits import softcap
 from speedrun_lib.mtp import mtp_losses
 from speedrun_lib.recipe import SIZES, recipe_for
 from speedrun_lib.relu2 import relu2_mlp
-from speedrun_lib.symmetric import INTERPRETED
+from tests.kernels import DEVICES, GPU, ON_GPU, few, interpret
 
-ROOT = Path(__file__).resolve().parents[1]
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
-CHILD = pytest.mark.skipif(not INTERPRETED, reason="runs in test_kernels_in_the_interpreter")
-DEVICES = pytest.mark.parametrize("device", [pytest.param("cpu", marks=CHILD), pytest.param("cuda", marks=GPU)])
-ON_GPU = pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
-few = settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 BF16, E5M2 = torch.bfloat16, torch.float8_e5m2
 
 
@@ -59,12 +46,7 @@ def off(found, exact):
 
 
 def test_kernels_in_the_interpreter():
-    "Every test with a device, in a process in which Triton interprets."
-    if INTERPRETED or not HAS_TRITON:
-        pytest.skip("needs Triton, compiled")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__, "-k", "cpu"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0 and " passed" in done.stdout and "skipped" not in done.stdout, done.stdout + done.stderr
+    interpret(__file__)
 
 
 # ---- the MLP

@@ -1,18 +1,15 @@
 """Symmetric products and transposes: kernels against float64, in Triton's interpreter and on a GPU, and the operators.
 
-Triton decides when it is imported whether it interprets; so the tests of kernels on a CPU run in a process of their
-own, which `test_kernels_in_the_interpreter` starts.
+How kernels are tested on a CPU: `tests/kernels.py`.
 """
 
-import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import speedrun_lib.optimizer as used
@@ -34,15 +31,9 @@ from speedrun_lib.symmetric import (
     transposed,
     triton,
 )
+from tests.kernels import DEVICES, GPU, HAS_TRITON, ON_GPU, ROOT, few, interpret
 
-ROOT = Path(__file__).resolve().parents[1]
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
-CHILD = pytest.mark.skipif(not INTERPRETED, reason="runs in test_kernels_in_the_interpreter")
-DEVICES = pytest.mark.parametrize("device", [pytest.param("cpu", marks=CHILD), pytest.param("cuda", marks=GPU)])
-ON_GPU = pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
 PLAIN = pytest.mark.skipif(INTERPRETED, reason="this is about the plain products")
-few = settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 TYPES = (*FLOATS, torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8, torch.int8, torch.int16, torch.int32)
 # bf16 keeps 8 bits and fp16 11: half a unit of rounding at most; the interpreter cuts bf16 instead: a whole one
@@ -71,12 +62,7 @@ def check_product(found, exact):
 
 
 def test_kernels_in_the_interpreter():
-    "Every test with a device, in a process in which Triton interprets."
-    if INTERPRETED or not HAS_TRITON:
-        pytest.skip("needs Triton, compiled")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__, "-k", "cpu"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0 and " passed" in done.stdout and "skipped" not in done.stdout, done.stdout + done.stderr
+    interpret(__file__)
 
 
 @triton.jit

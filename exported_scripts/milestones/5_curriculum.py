@@ -1705,8 +1705,8 @@ def load_checkpoint(
     "Put a checkpoint's weights and optimizer state in place; raises `RunError` when it belongs to another run."
     tensors, meta = read_checkpoint(path)
     for key, value in expected.items():
-        if meta[key] != value:
-            raise RunError(f"{path} was made with another {key}: {meta[key]}; resume with the same one")
+        if meta.get(key, "") != value:
+            raise RunError(f"{path} was made with another {key}: {meta.get(key)}; resume with the same one")
     model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
     for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
         prefix = f"optimizer.{i}."
