@@ -1,7 +1,7 @@
-"""Only rows in use of the bigram table's gradient travel.
+"""Norm, rotation and offset of queries and keys in one kernel.
 
-Rung `sparse_bigram` of the NanoGPT speedrun course (record 71 and so all of record 82); chapter nbs/55_sparse.ipynb.
-Made by `speedrun export sparse_bigram` from the course's notebooks: change those, not this file.
+Rung `fused_rotary` of the NanoGPT speedrun course (record 82, and what this course adds to it); chapter nbs/57_fused_rotary.ipynb.
+Made by `speedrun export fused_rotary` from the course's notebooks: change those, not this file.
 
     torchrun --standalone --nproc_per_node=8 FILE        8 GPUs; 1, 2 and 4 work as well
     python FILE --size nano --data data/demo_bytes       a laptop CPU
@@ -949,7 +949,8 @@ class DocumentLoader(TokenLoader):
             before = min(first, 2)  # the demo's rule looks two tokens back
             starts = document_starts(self.tokens[first - before : end - 1], self.bos) - before
             starts = starts[starts >= 0]
-        slots = max(document_slots(self.row_len), len(starts) + 2)
+        # if they do not fit, a power of two: few different lengths, so that little compiles again
+        slots = max(document_slots(self.row_len), 1 << (len(starts) + 1).bit_length())
         borders = cumulative_lengths(torch.from_numpy(starts), self.row_len, slots)
         return *super().batch(rows), borders, torch.tensor(self.max_len, dtype=torch.int32)
 
@@ -2099,6 +2100,345 @@ class SparseRows:
         return self.exchange.share(grad).div_(self.exchange.size)
 
 
+# ---- 56_replay -----------------------------------------------------------------------------------
+
+class GraphRecorder:
+    "Records CUDA graphs, on a stream of their own; they take turns in one pool of memory."
+
+    def __init__(self):
+        self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+
+    def prepare(self, run: Callable[[], Any]) -> None:
+        "Run once, so that everything is compiled and every kernel loaded before it is recorded."
+        here = torch.cuda.current_stream()
+        self.stream.wait_stream(here)
+        with torch.cuda.stream(self.stream):
+            run()
+        here.wait_stream(self.stream)
+
+    def record(self, run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:  # to be replayed; result of the run
+        "Note which kernels a run would launch, without launching them."
+        graph = torch.cuda.CUDAGraph()
+        # threads that load data or watch NCCL may go on meanwhile
+        with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
+            result = run()
+        return graph, result
+
+
+@dataclass
+class Recording:
+    "The passes of one kind of part, and the memory they read and write."
+
+    inputs: list[Tensor]
+    loss: Tensor
+    upstream: Tensor  # gradient of the loss
+    forward_pass: Any  # has .replay()
+    backward_pass: Any
+
+
+class Play(torch.autograd.Function):
+    "Both passes from a recording; the backward pass adds to the gradients of the parameters by itself."
+
+    @staticmethod
+    def forward(ctx, anchor: Tensor, recording: Recording) -> Tensor:
+        ctx.recording = recording
+        recording.forward_pass.replay()
+        return recording.loss.clone()
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> tuple[None, None]:
+        ctx.recording.upstream.copy_(upstream)
+        ctx.recording.backward_pass.replay()
+        return None, None
+
+
+class Replay(nn.Module):
+    "A network whose two passes are recorded for each kind of part, and replayed from then on."
+
+    def __init__(
+        self,
+        model: nn.Module,  # returns a loss
+        scalars: list[Tensor],  # on the CPU; what a recording keeps as it was, beside the scalars among the inputs
+        recorder: GraphRecorder,  # or `TapeRecorder`
+    ):
+        super().__init__()
+        self.model, self.scalars, self.recorder = model, scalars, recorder
+        self.recordings: dict[tuple, Recording] = {}
+        self.grads = {p: torch.zeros_like(p) for p in model.parameters()}
+        self.anchor = torch.zeros((), device=next(model.parameters()).device, requires_grad=True)
+
+    def forward(self, *batch: Tensor) -> Tensor:
+        "The loss of a part; without gradients, as in validation, nothing is recorded."
+        if not torch.is_grad_enabled():
+            return self.model(*batch)
+        self.hold_gradients()
+        kind = tuple(x.shape if x.dim() else x.item() for x in (*batch, *self.scalars))
+        if kind not in self.recordings:
+            self.recordings[kind] = self.record([*batch])
+        recording = self.recordings[kind]
+        for mine, new in zip(recording.inputs, batch, strict=True):
+            mine.copy_(new)
+        return Play.apply(self.anchor, recording)
+
+    def hold_gradients(self) -> None:
+        "Gradients stay where the recordings write them, also when the optimizer has dropped them."
+        for p, grad in self.grads.items():
+            if p.grad is None:
+                grad.zero_()
+            elif p.grad is not grad:  # from a checkpoint
+                grad.copy_(p.grad)
+            p.grad = grad
+
+    def record(self, inputs: list[Tensor]) -> Recording:
+        "Record both passes; the inputs' memory will hold the inputs of every part of this kind."
+        upstream = torch.zeros_like(self.anchor)  # so that the trial adds nothing to the gradients
+        self.recorder.prepare(lambda: self.model(*inputs).backward(upstream))
+        forward_pass, loss = self.recorder.record(lambda: self.model(*inputs))
+        backward_pass, _ = self.recorder.record(lambda: loss.backward(upstream))
+        return Recording(inputs, loss.detach(), upstream, forward_pass, backward_pass)
+
+
+def replays(device_type: str) -> bool:
+    "Whether passes are recorded on a device: on GPUs, unless SPEEDRUN_REPLAY=0. Raises `ValueError`."
+    wish = os.environ.get("SPEEDRUN_REPLAY", "1")
+    if wish not in ("0", "1"):
+        raise ValueError(f"SPEEDRUN_REPLAY={wish} is neither 0 (launch every kernel) nor 1 (record and replay)")
+    return device_type == "cuda" and wish == "1"
+
+
+# ---- 57_fused_rotary -----------------------------------------------------------------------------
+
+# b batch rows, t tokens per row, h heads, k head dim; queries, keys and values of a token lie side by side: 3h heads
+def plain_rotary_heads(
+    qkv_bthk: Tensor,  # (b, t, 3h, k)
+    cos_tk: Tensor,  # from `rotary_table`; 2t rows where heads are paired
+    sin_tk: Tensor,
+    paired: bool,  # odd heads turn as one position later
+    offset: bool,  # half of each key comes from the token before
+) -> tuple[Tensor, Tensor, Tensor]:  # queries, keys and values, (b, t, h, k) each
+    "Normed and turned queries and keys, by the functions of their chapters; values as they are."
+    q_bthk, k_bthk, v_bthk = qkv_bthk.chunk(3, dim=-2)
+    turn = rotate_pairs if paired else rotate
+    q_bthk, k_bthk = (turn(x, cos_tk, sin_tk) for x in norm_queries_keys(q_bthk, k_bthk))
+    return q_bthk, offset_keys(k_bthk) if offset else k_bthk, v_bthk
+
+
+@triton.jit
+def even_and_odd(x):
+    "Neighbouring dimensions (n, k) as two blocks (n, k/2) in fp32."
+    return tl.split(tl.reshape(x.to(tl.float32), (x.shape[0], x.shape[1] // 2, 2)))
+
+
+@triton.jit
+def side_by_side(even, odd, INTERPRET: tl.constexpr):
+    "The opposite, in bf16."
+    x = tl.reshape(tl.join(even, odd), (even.shape[0], 2 * even.shape[1]))
+    return (rounded_bf16(x) if INTERPRET else x).to(tl.bfloat16)
+
+
+@triton.jit
+def inverse_length(even, odd, K: tl.constexpr):
+    "One over the root mean square, (n, 1)."
+    return tl.rsqrt(tl.sum(even * even + odd * odd, 1) / K + 1.1920929e-07)[:, None]
+
+
+@triton.jit
+def angles(cos_ptr, sin_ptr, row, K: tl.constexpr):
+    "Cosine and sine of each pair of dimensions, (n, k/2); the table has each twice."
+    at = row[:, None] * K + 2 * tl.arange(0, K // 2)[None, :]
+    return tl.load(cos_ptr + at).to(tl.float32), tl.load(sin_ptr + at).to(tl.float32)
+
+
+@triton.jit
+def one_of(first, second, SECOND: tl.constexpr):
+    "The choice is made while the kernel is compiled."
+    if SECOND:
+        out = second
+    else:
+        out = first
+    return out
+
+
+@triton.jit
+def rotary_kernel(
+    qkv_ptr, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, tokens,
+    H: tl.constexpr, K: tl.constexpr, PAIRED: tl.constexpr, OFFSET: tl.constexpr, BLOCK: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    "Queries, keys and values of some tokens."
+    t, column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, K)[None, :]
+    inside, row = (t < tokens)[:, None], tl.minimum(t, tokens - 1)
+    cos_a, sin_a = angles(cos_ptr, sin_ptr, 2 * row if PAIRED else row, K)
+    cos_b, sin_b = angles(cos_ptr, sin_ptr, 2 * row + 1 if PAIRED else row, K)
+    token = t.to(tl.int64)[:, None]
+    for i in tl.static_range(3 * H):
+        x = tl.load(qkv_ptr + (token * 3 * H + i) * K + column, mask=inside, other=0.0)
+        here = (token * H + i % H) * K + column
+        if i < 2 * H:
+            even, odd = even_and_odd(x)
+            r = inverse_length(even, odd, K)
+            cos = r * one_of(cos_a, cos_b, PAIRED and i % H % 2 == 1)
+            sin = r * one_of(sin_a, sin_b, PAIRED and i % H % 2 == 1)
+            y = side_by_side(cos * even + sin * odd, cos * odd - sin * even, INTERPRET)
+            if i < H:
+                tl.store(q_ptr + here, y, mask=inside)
+            elif OFFSET:
+                late = column >= K // 2  # goes to the token after
+                tl.store(k_ptr + here + tl.where(late, H * K, 0), y, mask=inside & (token + late < tokens))
+                tl.store(k_ptr + here, y, mask=inside & late & (token == 0))
+            else:
+                tl.store(k_ptr + here, y, mask=inside)
+        else:
+            tl.store(v_ptr + here, x, mask=inside)
+
+
+@triton.jit
+def rotary_gradient_kernel(
+    qkv_ptr, grad_ptr, q_grad_ptr, k_grad_ptr, v_grad_ptr, cos_ptr, sin_ptr, tokens,
+    H: tl.constexpr, K: tl.constexpr, PAIRED: tl.constexpr, OFFSET: tl.constexpr, BLOCK: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    "Gradient of the products of some tokens from those of queries, keys and values."
+    t, column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, K)[None, :]
+    inside, row = (t < tokens)[:, None], tl.minimum(t, tokens - 1)
+    cos_a, sin_a = angles(cos_ptr, sin_ptr, 2 * row if PAIRED else row, K)
+    cos_b, sin_b = angles(cos_ptr, sin_ptr, 2 * row + 1 if PAIRED else row, K)
+    token = t.to(tl.int64)[:, None]
+    for i in tl.static_range(3 * H):
+        there, here = (token * 3 * H + i) * K + column, (token * H + i % H) * K + column
+        if i < 2 * H:
+            if i < H:
+                grad = tl.load(q_grad_ptr + here, mask=inside, other=0.0).to(tl.float32)
+            elif OFFSET:
+                late = column >= K // 2
+                grad = tl.load(k_grad_ptr + here + tl.where(late, H * K, 0), mask=inside & (token + late < tokens),
+                               other=0.0).to(tl.float32)
+                grad += tl.load(k_grad_ptr + here, mask=inside & late & (token == 0), other=0.0).to(tl.float32)
+            else:
+                grad = tl.load(k_grad_ptr + here, mask=inside, other=0.0).to(tl.float32)
+            even, odd = even_and_odd(tl.load(qkv_ptr + there, mask=inside, other=0.0))
+            r = inverse_length(even, odd, K)
+            even, odd = even * r, odd * r
+            cos = one_of(cos_a, cos_b, PAIRED and i % H % 2 == 1)
+            sin = one_of(sin_a, sin_b, PAIRED and i % H % 2 == 1)
+            grad_even, grad_odd = even_and_odd(grad)
+            turned_even, turned_odd = cos * grad_even - sin * grad_odd, cos * grad_odd + sin * grad_even
+            along = tl.sum(turned_even * even + turned_odd * odd, 1)[:, None] / K
+            y = side_by_side(r * (turned_even - along * even), r * (turned_odd - along * odd), INTERPRET)
+        else:
+            y = tl.load(v_grad_ptr + here, mask=inside, other=0.0)
+        tl.store(grad_ptr + there, y, mask=inside)
+
+
+ROTARY_TILES = {"9": (16, 4), "fallback": (16, 4)}  # tokens of a program, warps
+
+
+@functools.cache
+def runs_rotary(
+    device_type: str,
+    dtype: torch.dtype,
+) -> bool:
+    "Whether there is a kernel: bf16 on a GPU from Ampere on, or in the interpreter."
+    return dtype == torch.bfloat16 and takes_triton(torch.empty(0, device=device_type))
+
+
+@torch.library.custom_op("speedrun::rotary_heads", mutates_args=())
+def rotary_heads(
+    qkv_thk: Tensor,  # (t, 3h, k) bf16, contiguous; k is a power of two
+    cos_tk: Tensor,  # from `rotary_table`; 2t rows where heads are paired
+    sin_tk: Tensor,
+    paired: bool,
+    offset: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # (t, h, k) each
+    "`plain_rotary_heads` in one kernel. Raises `ValueError`."
+    check_rotary(qkv_thk, cos_tk, sin_tk, paired)
+    t, heads, k = qkv_thk.shape
+    out = [qkv_thk.new_empty(t, heads // 3, k) for _ in range(3)]
+    block, warps = tiles_for(qkv_thk, ROTARY_TILES)
+    if t:
+        with on_device_of(qkv_thk):
+            rotary_kernel[triton.cdiv(t, block),](
+                qkv_thk, *out, cos_tk, sin_tk, t, heads // 3, k, paired, offset, block, INTERPRETED, num_warps=warps)
+    return tuple(out)
+
+
+def check_rotary(qkv_thk: Tensor, cos_tk: Tensor, sin_tk: Tensor, paired: bool) -> None:
+    "Raise `ValueError` for what the kernels do not take."
+    if qkv_thk.ndim != 3 or qkv_thk.shape[1] % 3 or not runs_rotary(qkv_thk.device.type, qkv_thk.dtype):
+        raise ValueError(f"rotary_heads takes (t, 3h, k) in bf16 on a GPU, not {tuple(qkv_thk.shape)} "
+                         f"{qkv_thk.dtype} on {qkv_thk.device.type}")
+    t, heads, k = qkv_thk.shape
+    if k & (k - 1) or (paired and heads // 3 % 2):
+        raise ValueError(f"rotary_heads needs a head dim that is a power of two and, for pairs, an even number of heads, "
+                         f"not {heads // 3} heads of {k}")
+    if not all(x.is_contiguous() and x.shape[1:] == (k,) and len(x) >= t * (1 + paired) for x in (cos_tk, sin_tk)):
+        raise ValueError(f"rotary_heads needs contiguous tables with {t * (1 + paired)} rows of {k}, not "
+                         f"{tuple(cos_tk.shape)} and {tuple(sin_tk.shape)}")
+    if not qkv_thk.is_contiguous():
+        raise ValueError(f"rotary_heads takes contiguous heads, not strides {qkv_thk.stride()}: use .contiguous()")
+
+
+@rotary_heads.register_fake
+def rotary_heads_shape(qkv_thk, cos_tk, sin_tk, paired, offset):
+    return tuple(qkv_thk.new_empty(qkv_thk.shape[0], qkv_thk.shape[1] // 3, qkv_thk.shape[2]) for _ in range(3))
+
+
+@torch.library.custom_op("speedrun::rotary_heads_backward", mutates_args=())
+def rotary_heads_backward(
+    q_grad_thk: Tensor, k_grad_thk: Tensor, v_grad_thk: Tensor, qkv_thk: Tensor, cos_tk: Tensor, sin_tk: Tensor,
+    paired: bool, offset: bool,
+) -> Tensor:  # like qkv_thk
+    "Gradient of `rotary_heads`."
+    t, heads, k = qkv_thk.shape
+    grad_thk = torch.empty_like(qkv_thk)
+    block, warps = tiles_for(qkv_thk, ROTARY_TILES)
+    if t:
+        with on_device_of(qkv_thk):
+            rotary_gradient_kernel[triton.cdiv(t, block),](
+                qkv_thk, grad_thk, q_grad_thk, k_grad_thk, v_grad_thk, cos_tk, sin_tk, t, heads // 3, k, paired, offset,
+                block, INTERPRETED, num_warps=warps)
+    return grad_thk
+
+
+@rotary_heads_backward.register_fake
+def rotary_heads_gradient_shape(q_grad_thk, k_grad_thk, v_grad_thk, qkv_thk, *_):
+    return qkv_thk.new_empty(qkv_thk.shape)
+
+
+def keep_heads(ctx, inputs: tuple, output: tuple) -> None:
+    "What the gradient needs."
+    *tensors, ctx.paired, ctx.offset = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def turn_back(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    "Gradients for autograd."
+    grads = [grad.contiguous() for grad in grads]
+    return rotary_heads_backward(*grads, *ctx.saved_tensors, ctx.paired, ctx.offset), None, None, None, None
+
+
+rotary_heads.register_autograd(turn_back, setup_context=keep_heads)
+
+
+@torch.compiler.assume_constant_result
+def fuses_rotary(device_type: str, dtype: torch.dtype) -> bool:
+    "The compiler asks this while it reads the network."
+    return runs_rotary(device_type, dtype)
+
+
+def fused_rotary_heads(
+    qkv_bthk: Tensor,  # (b, t, 3h, k)
+    cos_tk: Tensor,  # from `rotary_table`; 2t rows where heads are paired
+    sin_tk: Tensor,
+    paired: bool,  # odd heads turn as one position later
+    offset: bool,  # half of each key comes from the token before
+) -> tuple[Tensor, Tensor, Tensor]:  # queries, keys and values, (b, t, h, k) each
+    "`plain_rotary_heads`, for one batch row in one kernel where there is one."
+    if len(qkv_bthk) > 1 or not fuses_rotary(qkv_bthk.device.type, qkv_bthk.dtype):
+        return plain_rotary_heads(qkv_bthk, cos_tk, sin_tk, paired, offset)
+    return tuple(x_thk[None] for x_thk in rotary_heads(qkv_bthk.squeeze(0), cos_tk, sin_tk, paired, offset))
+
+
 # ---- 90_recipe -----------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -2172,6 +2512,7 @@ class GPT(nn.Module):
         self.softmax_scale = torch.tensor(recipe.softmax_scale)
         self.short, self.long = torch.zeros((), dtype=torch.int32), torch.zeros((), dtype=torch.int32)
         self.past_windows: list[tuple[int, int]] = []  # those that the rotary tables follow
+        self.register_buffer("mtp_weights", torch.empty(3), persistent=False)
         self.at_step(0)
         for name, p in self.named_parameters():
             if name not in ("scalars", "resid_lambdas", "post_lambdas", "x0_lambdas", "bigram_lambdas", "xsa_alphas"):
@@ -2212,8 +2553,8 @@ class GPT(nn.Module):
     def at_step(self, step: int) -> None:
         "Set what depends on the step: weights of the targets, windows, and what follows the long window."
         weights = mtp_weights(step, self.recipe.steps)
-        # always three of them: a compiled network wants one shape
-        self.mtp_weights = torch.tensor(weights + [0.0] * (3 - len(weights)), device=self.embed.device)
+        # always three of them in the same memory: a compiled network wants one shape, a recorded one the same place
+        self.mtp_weights.copy_(torch.tensor(weights + [0.0] * (3 - len(weights))))
         windows = stage_windows(step, self.recipe.steps, self.recipe.window_block)
         if windows != self.past_windows:
             self.past_windows = windows
@@ -2230,21 +2571,19 @@ class GPT(nn.Module):
                   gate_w: Tensor | None = None, cu_seqlens: Tensor | None = None,
                   max_len: Tensor | None = None) -> Tensor:
         "What one layer's attention gathers, (b, t, h, k); the matrices of queries, keys and values are (d, d)."
-        q, k, v = split_heads(a_btd, torch.cat(matrices), 3 * self.recipe.num_heads).chunk(3, dim=-2)
-        q, k = norm_queries_keys(q, k)
+        qkv_bthk = split_heads(a_btd, torch.cat(matrices), 3 * self.recipe.num_heads)
+        q, k, v = fused_rotary_heads(
+            qkv_bthk, self.rotary_cos, self.rotary_sin, layer in PAIRED_LAYERS, layer in LONG_LAYERS)
         if extra_v is not None:
             v = v + extra_v
         gathered_v = v
         if layer in PAIRED_LAYERS:
-            q, k = (rotate_pairs(x, self.rotary_cos, self.rotary_sin) for x in (q, k))
             q, k, v = in_pairs(q), in_pairs(k), in_pairs(v)
-        else:
-            q, k = (rotate(x, self.rotary_cos, self.rotary_sin) for x in (q, k))
-        if layer in LONG_LAYERS:
-            k = offset_keys(k)
         window = self.long if layer in LONG_LAYERS else self.short
         rows = q.shape[1] // a_btd.shape[1]  # two for every token where heads are paired
-        y = varlen_attention(q[0], k[0], v[0], cu_seqlens, max_len, window, self.softmax_scale, rows)
+        # squeezed, not indexed: the gradient of an index is a copy
+        y = varlen_attention(
+            q.squeeze(0), k.squeeze(0), v.squeeze(0), cu_seqlens, max_len, window, self.softmax_scale, rows)
         y = y.reshape(gathered_v.shape)
         if layer in XSA_LAYERS:
             y = exclude_self(y, gathered_v, self.xsa_alphas[layer])
@@ -2317,7 +2656,7 @@ class GPT(nn.Module):
         "Mean cross-entropy of the next token in nats, a scalar; with several targets the weighted sum over all tokens."
         if self.training:
             x_btd = self.hidden(inputs_bt, cu_seqlens, max_len)
-            return fused_head_loss(x_btd[0], self.lm_head, targets_bt[0], self.mtp_weights)
+            return fused_head_loss(x_btd.squeeze(0), self.lm_head, targets_bt.squeeze(0), self.mtp_weights)
         z_btv = self.logits(inputs_bt, cu_seqlens, max_len).float()
         if self.training:
             return mtp_losses(z_btv, targets_bt, self.mtp_weights).sum()
@@ -2888,7 +3227,9 @@ def warm_up(
 ) -> None:
     "Compile and run every stage once on the first tokens, then restore weights, optimizer state and position."
     before, position = [p.detach().clone() for p in model.parameters()], loader.state()
-    for step in (0, *stage_bounds(recipe.steps)):
+    steps = [0, 1]  # tables step in odd steps only
+    steps += stage_bounds(recipe.steps)
+    for step in steps:
         set_step(step, bare_model, optimizer, loader, recipe)
         train_step(model, optimizer, loader.next_step(world.parts), world)
     with torch.no_grad():
@@ -2916,6 +3257,9 @@ def train(
     torch.manual_seed(run.seed)
     bare_model = build_model(recipe, size).to(world.device)
     model = torch.compile(bare_model, dynamic=False, fullgraph=True) if run.compile else bare_model
+    if replays(world.device.type):
+        scalars = [x for x in vars(bare_model).values() if isinstance(x, Tensor) and not x.dim()]
+        model = Replay(model, scalars, GraphRecorder())
     optimizer = build_optimizer(recipe, bare_model, run.compile)
     if run.compile:
         log.text("compiling the model and warming up kernels", console=True)
@@ -3090,4 +3434,4 @@ RECIPES = {
 
 
 if __name__ == "__main__":
-    main(RECIPES, SIZES, "sparse_bigram")
+    main(RECIPES, SIZES, "fused_rotary")

@@ -67,8 +67,9 @@ def run_rung(rung: str, recipe: Recipe, size: str, run: Run, device: str) -> flo
     for path in (p for split in ("train", "val") for p in find_shards(run.data_dir, split)):
         read_header(path)  # bad data end the command before anything is drawn or written
     log = ProgressLog(run.run_dir, world.rank, run.resume, f"{rung} ({size})", recipe.steps)
-    log.text(export_script(rung))
-    log.text("=" * 100)
+    if world.rank == 0:
+        log.text(export_script(rung))
+        log.text("=" * 100)
     try:
         loss = train(recipe, SIZES[size], run, world, log)
     finally:
@@ -167,8 +168,9 @@ def ladder(
         now = dataclasses.asdict(recipe)
         changed = [f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}"
                    for k, v in now.items() if before is not None and v != before[k]]
-        table.add_row(rung.name, rung.chapter, ", ".join(rung.records), f"{records.loc[rung.records[-1], 'minutes']}",
-                      rung.summary, ", ".join(changed) or "the starting point")
+        minutes = str(records.loc[rung.records[-1], "minutes"]) if rung.records else ""
+        table.add_row(rung.name, rung.chapter, ", ".join(rung.records) or "ours", minutes, rung.summary,
+                      ", ".join(changed) or "the starting point")
         before = now
     console.print(table)
 

@@ -398,7 +398,8 @@ class DocumentLoader(TokenLoader):
             before = min(first, 2)  # the demo's rule looks two tokens back
             starts = document_starts(self.tokens[first - before : end - 1], self.bos) - before
             starts = starts[starts >= 0]
-        slots = max(document_slots(self.row_len), len(starts) + 2)
+        # if they do not fit, a power of two: few different lengths, so that little compiles again
+        slots = max(document_slots(self.row_len), 1 << (len(starts) + 1).bit_length())
         borders = cumulative_lengths(torch.from_numpy(starts), self.row_len, slots)
         return *super().batch(rows), borders, torch.tensor(self.max_len, dtype=torch.int32)
 

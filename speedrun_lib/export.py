@@ -766,8 +766,8 @@ def export_script(
     imports = [s for s in module.body if m.matches(s, IMPORT)]
     others = [s for s in module.body if not m.matches(s, IMPORT)]
     records = f"record{'s' * (len(step.records) > 1)} {', '.join(step.records)}"
-    if step is LADDER[-1]:
-        records += " and so all of record 82"
+    if not step.records:
+        records = "record 82, and what this course adds to it"
     summary = step.summary[0].upper() + step.summary[1:] + "."
     header = HEADER.format(title=summary, rung=rung, records=records, chapter=step.chapter)
     return "\n\n\n".join([

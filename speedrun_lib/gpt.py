@@ -17,6 +17,7 @@ from .bigram import bigram_rows
 from .documents import varlen_attention
 from .fp8 import fp8_head, uses_fp8
 from .fused import fused_head_loss, fused_relu2_mlp
+from .fused_rotary import fused_rotary_heads
 from .init import padded, uniform_weights
 from .lean import causal_attention, lean_mlp, rms_norm, split_heads
 from .logits import softcap
@@ -67,6 +68,7 @@ class GPT(nn.Module):
         if recipe.yarn:
             self.past_windows: list[tuple[int, int]] = []  # those that the rotary tables follow
         if recipe.mtp:
+            self.register_buffer("mtp_weights", torch.empty(3), persistent=False)
             self.at_step(0)
         if recipe.bf16_weights:
             for name, p in self.named_parameters():
@@ -129,8 +131,8 @@ class GPT(nn.Module):
     def at_step(self, step: int) -> None:
         "Set what depends on the step: weights of the targets, windows, and what follows the long window."
         weights = mtp_weights(step, self.recipe.steps)
-        # always three of them: a compiled network wants one shape
-        self.mtp_weights = torch.tensor(weights + [0.0] * (3 - len(weights)), device=self.embed.device)
+        # always three of them in the same memory: a compiled network wants one shape, a recorded one the same place
+        self.mtp_weights.copy_(torch.tensor(weights + [0.0] * (3 - len(weights))))
         if self.recipe.windows:
             windows = stage_windows(step, self.recipe.steps, self.recipe.window_block)
             if self.recipe.yarn and windows != self.past_windows:
@@ -148,26 +150,34 @@ class GPT(nn.Module):
                   gate_w: Tensor | None = None, cu_seqlens: Tensor | None = None,
                   max_len: Tensor | None = None) -> Tensor:
         "What one layer's attention gathers, (b, t, h, k); the matrices of queries, keys and values are (d, d)."
-        q, k, v = split_heads(a_btd, torch.cat(matrices), 3 * self.recipe.num_heads).chunk(3, dim=-2)
-        if self.recipe.qk_norm:
-            q, k = norm_queries_keys(q, k)
+        qkv_bthk = split_heads(a_btd, torch.cat(matrices), 3 * self.recipe.num_heads)
+        if self.recipe.fused_rotary:
+            q, k, v = fused_rotary_heads(
+                qkv_bthk, self.rotary_cos, self.rotary_sin, layer in PAIRED_LAYERS, layer in LONG_LAYERS)
+        else:
+            q, k, v = qkv_bthk.chunk(3, dim=-2)
+            if self.recipe.qk_norm:
+                q, k = norm_queries_keys(q, k)
+            if self.recipe.paired_heads and layer in PAIRED_LAYERS:
+                q, k = (rotate_pairs(x, self.rotary_cos, self.rotary_sin) for x in (q, k))
+            elif self.recipe.positions == "rotary":
+                q, k = (rotate(x, self.rotary_cos, self.rotary_sin) for x in (q, k))
+            if self.recipe.key_offset and layer in LONG_LAYERS:
+                k = offset_keys(k)
         if self.recipe.value_embeds and extra_v is not None:
             v = v + extra_v
         gathered_v = v
         if self.recipe.paired_heads and layer in PAIRED_LAYERS:
-            q, k = (rotate_pairs(x, self.rotary_cos, self.rotary_sin) for x in (q, k))
             q, k, v = in_pairs(q), in_pairs(k), in_pairs(v)
-        elif self.recipe.positions == "rotary":
-            q, k = (rotate(x, self.rotary_cos, self.rotary_sin) for x in (q, k))
-        if self.recipe.key_offset and layer in LONG_LAYERS:
-            k = offset_keys(k)
         if self.recipe.documents:
             if self.recipe.windows:
                 window = self.long if layer in LONG_LAYERS else self.short
             else:
                 window = max_len
             rows = q.shape[1] // a_btd.shape[1]  # two for every token where heads are paired
-            y = varlen_attention(q[0], k[0], v[0], cu_seqlens, max_len, window, self.softmax_scale, rows)
+            # squeezed, not indexed: the gradient of an index is a copy
+            y = varlen_attention(
+                q.squeeze(0), k.squeeze(0), v.squeeze(0), cu_seqlens, max_len, window, self.softmax_scale, rows)
             y = y.reshape(gathered_v.shape)
         else:
             y = causal_attention(q, k, v, self.recipe.softmax_scale if self.recipe.qk_norm else None)
@@ -263,7 +273,7 @@ class GPT(nn.Module):
         "Scores of every next token, (b, t, v)."
         x_btd = self.hidden(inputs_bt, cu_seqlens, max_len)
         if self.recipe.fp8_head and not self.recipe.fused_loss and self.training and uses_fp8(x_btd.device.type):
-            z_btv = fp8_head(x_btd[0], self.lm_head)[None]
+            z_btv = fp8_head(x_btd.squeeze(0), self.lm_head)[None]
         else:
             z_btv = x_btd @ self.lm_head if self.recipe.head != "tied" else F.linear(x_btd, self.embed)
         return softcap(z_btv) if self.recipe.capped else z_btv
@@ -273,7 +283,7 @@ class GPT(nn.Module):
         "Mean cross-entropy of the next token in nats, a scalar; with several targets the weighted sum over all tokens."
         if self.recipe.fused_loss and self.training:
             x_btd = self.hidden(inputs_bt, cu_seqlens, max_len)
-            return fused_head_loss(x_btd[0], self.lm_head, targets_bt[0], self.mtp_weights)
+            return fused_head_loss(x_btd.squeeze(0), self.lm_head, targets_bt.squeeze(0), self.mtp_weights)
         z_btv = self.logits(inputs_bt, cu_seqlens, max_len).float()
         if self.recipe.mtp and self.training:
             return mtp_losses(z_btv, targets_bt, self.mtp_weights).sum()

@@ -57,6 +57,8 @@ class Recipe:
     fused_loss: bool = False  # softcap, loss and its gradient are one kernel over the logits
     sharded: bool = False  # each process updates its share of the large parameters
     sparse_bigram: bool = False  # of the bigram table's gradient, only rows in use travel
+    replayed: bool = False  # a GPU gets one command for each pass of a part, recorded before
+    fused_rotary: bool = False  # norm, rotation and offset of queries and keys are one kernel
 
     num_layers: int = 12  # transformer blocks
     num_heads: int = 12  # attention heads; the head dimension is model_dim / num_heads
@@ -205,6 +207,10 @@ LADDER = (
          "each process updates its share of the large parameters", changes={"sharded": True}),
     Rung("sparse_bigram", "55_sparse", ("71",), "only rows in use of the bigram table's gradient travel",
          changes={"sparse_bigram": True}),
+    Rung("replayed", "56_replay", (), "a GPU gets one command for each pass of a part, recorded before",
+         changes={"replayed": True}),
+    Rung("fused_rotary", "57_fused_rotary", (), "norm, rotation and offset of queries and keys in one kernel",
+         changes={"fused_rotary": True}),
 )
 
 # %% ../nbs/90_recipe.ipynb #22763e3d

@@ -39,6 +39,7 @@ from .lean import trapezoid
 from .mtp import stage_bounds
 from .optimizer import Optimizer
 from .recipe import Recipe, Size
+from .replay import GraphRecorder, Replay, replays
 from .schedules import momentum_at, stage_batch, staged_lr, staged_tokens
 from .windows import FINAL_LONG
 
@@ -422,7 +423,10 @@ def warm_up(
 ) -> None:
     "Compile and run every stage once on the first tokens, then restore weights, optimizer state and position."
     before, position = [p.detach().clone() for p in model.parameters()], loader.state()
-    for step in (0, *stage_bounds(recipe.steps)) if recipe.mtp else (0,):
+    steps = [0, 1] if recipe.two_speeds else [0]  # tables step in odd steps only
+    if recipe.mtp:
+        steps += stage_bounds(recipe.steps)
+    for step in steps:
         set_step(step, bare_model, optimizer, loader, recipe)
         train_step(model, optimizer, loader.next_step(world.parts), recipe, world)
     with torch.no_grad():
@@ -452,6 +456,9 @@ def train(
     torch.manual_seed(run.seed)
     bare_model = build_model(recipe, size).to(world.device)
     model = torch.compile(bare_model, dynamic=False, fullgraph=True) if run.compile else bare_model
+    if recipe.replayed and replays(world.device.type):
+        scalars = [x for x in vars(bare_model).values() if isinstance(x, Tensor) and not x.dim()]
+        model = Replay(model, scalars, GraphRecorder())
     optimizer = build_optimizer(recipe, bare_model, run.compile)
     if run.compile:
         log.text("compiling the model and warming up kernels", console=True)

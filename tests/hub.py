@@ -183,7 +183,7 @@ def make_server(hub: Hub, kind: str) -> http.server.ThreadingHTTPServer:
                 if stops and end < len(body):
                     fault.cuts -= 1
                     if cut is None:
-                        hub.resume.wait(20)
+                        hub.resume.wait()
                     self.close_connection = True
                     self.connection.shutdown(socket.SHUT_RDWR)
             except OSError:

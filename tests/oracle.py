@@ -54,8 +54,11 @@ def uniform(n: int, shape: tuple[int, ...], rows: list[int] | None = None) -> Te
     "Hashed numbers in [-1, 1), fp64; of a larger tensor the named rows, or all."
     size = int(np.prod(shape[1:]))
     first = np.arange(shape[0]) if rows is None else np.array(rows, dtype=int)
-    numbers = first[:, None] * size + np.arange(size)
-    return torch.from_numpy(hashed(n, numbers) / 2.0**31 - 1).view(shape)
+    out, block = torch.empty(len(first), size, dtype=torch.float64), 1 + 2**17 // size
+    for start in range(0, len(first), block):  # in pieces that stay in the cache
+        numbers = first[start : start + block, None] * size + np.arange(size)
+        out[start : start + block] = torch.from_numpy(hashed(n, numbers) / 2.0**31 - 1)
+    return out.view(shape)
 
 
 def tokens_of(n: int, count: int) -> Tensor:
@@ -93,7 +96,7 @@ def fill(model: nn.Module, offset: int = 0) -> None:
             p.copy_(SIXTEENTHS[name] + torch.round(16 * u) / 64)
         else:
             base, amplitude = SCALES[name]
-            p.copy_(base + amplitude * u)
+            p.copy_(u.mul_(amplitude).add_(base))
 
 
 def stretch(code, model: nn.Module, transitions: str) -> None:
@@ -165,7 +168,7 @@ def small_record(config: dict, code=None) -> nn.Module:
             base, amplitude = STEP_SCALES.get(name, (0, 0))
             if name == "mudd_b2":
                 base, amplitude = code.initial_mudd_bias().double(), 0.5
-            value = base + amplitude * uniform(n, tuple(p.shape), config["matrices"].get(name))
+            value = uniform(n, tuple(p.shape), config["matrices"].get(name)).mul_(amplitude).add_(base)
             if name == "mlp_bank":
                 value[1::2] *= config["down_scale"]
             p.copy_(value.float())

@@ -35,7 +35,7 @@ from speedrun_lib.documents import (
     varlen_attention_op,
 )
 from speedrun_lib.gpt import build_model
-from speedrun_lib.recipe import SIZES, recipe_for
+from speedrun_lib.recipe import LADDER, SIZES, recipe_for
 from speedrun_lib.schedules import stage_batch
 from speedrun_lib.train import World, forward
 
@@ -395,7 +395,7 @@ def test_reference_on_shapes_that_are_no_multiples_of_tiles(lengths, window):
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 BACKENDS = pytest.mark.parametrize("backend", [pytest.param(name, marks=GPU) for name, *_ in ATTENTION])
-TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 2e-3}
+TOLERANCE = {torch.bfloat16: 1.5e-2, torch.float32: 2e-3}  # the reference also rounds its weights to bf16: 1.2e-2
 
 
 def force(backend, dtype, wish):
@@ -421,7 +421,8 @@ def test_kernels_against_a_loop(backend, dtype, lengths, window, wish):
 @BACKENDS
 def test_kernels_in_a_compiled_network(backend, wish):
     force(backend, torch.bfloat16, wish)
-    compare([0, 1, 127, 0, 130, 1, 250, 0], 128, 3, 128, torch.bfloat16, torch.device("cuda"), 1e-2, compiled=True)
+    tolerance = TOLERANCE[torch.bfloat16]
+    compare([0, 1, 127, 0, 130, 1, 250, 0], 128, 3, 128, torch.bfloat16, torch.device("cuda"), tolerance, compiled=True)
 
 
 @BACKENDS
@@ -511,7 +512,7 @@ def nano(rung):
 
 def test_a_run_compiles_once(fresh_compiler):
     "All stages of the record: windows, YaRN, MTP weights, lengths of parts and of documents change at run time."
-    model, counter = nano("sparse_bigram"), CompileCounter()
+    model, counter = nano(LADDER[-1].name), CompileCounter()
     recipe, compiled = model.recipe, torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
     seen = []
     for step in (0, 39, 40, 79, 40, 0):

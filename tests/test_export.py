@@ -61,15 +61,18 @@ def test_scripts_stand_alone_and_are_clean(rung, tmp_path):
 
 @pytest.mark.parametrize("rung", ["baseline", "muon", LADDER[-1].name])
 def test_script_and_package_give_the_same_losses(rung, shards, tmp_path):
-    path = tmp_path / f"{rung}.py"
-    path.write_text(export_script(rung))
-    steps = "1" if rung == LADDER[-1].name else "2"  # the last rung adds its four steps after the schedule
-    args = ["--size", "nano", "--steps", steps, "--device", "cpu", "--data", str(shards)]
+    path, source, changes = tmp_path / f"{rung}.py", export_script(rung), {"steps": "2"}
+    if rung == LADDER[-1].name:  # which adds four steps after the schedule; both with shorter rows
+        changes = {"steps": "1", "seq_len": "64"}
+        assert source.count("seq_len=256,") == 1
+        source = source.replace("seq_len=256,", "seq_len=64,")
+    path.write_text(source)
+    args = ["--size", "nano", "--steps", changes["steps"], "--device", "cpu", "--data", str(shards)]
     done = run_script(path, *args, "--out", str(tmp_path / "script"))
     assert done.returncode == 0, done.stderr
     torch.set_num_threads(1)
     run = Run(shards, tmp_path / "package", log_every=1)
-    train(recipe_for(rung, "nano", {"steps": steps}), SIZES["nano"], run, join_world("cpu"), RunLog(run.run_dir, 0))
+    train(recipe_for(rung, "nano", changes), SIZES["nano"], run, join_world("cpu"), RunLog(run.run_dir, 0))
     ours, theirs = read_log(tmp_path / "package"), read_log(tmp_path / "script")
     assert ours[["train_loss", "val_loss"]].equals(theirs[["train_loss", "val_loss"]])
     assert (tmp_path / "script/log.txt").read_text().startswith(path.read_text()), "a script prints itself into its log"
@@ -209,7 +212,7 @@ def export_afresh(rung: str) -> str:
 
 
 def test_exports_depend_on_neither_order_nor_repetition():
-    rungs = [LADDER[0].name, LADDER[len(LADDER) // 2].name, LADDER[-1].name]
+    rungs = [LADDER[0].name, LADDER[-1].name]
     alone = {rung: export_afresh(rung) for rung in rungs}
     assert {rung: export_script(rung) for rung in reversed(rungs)} == alone
     export_script.cache_clear()

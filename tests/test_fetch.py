@@ -194,14 +194,22 @@ def test_stalled_connection(hub, folder, monkeypatch):
     assert leftovers(folder)[0].stat().st_size == 2 * CHUNK
 
 
-def test_interrupt_keeps_what_arrived(hub, folder, monkeypatch):
+@pytest.fixture
+def ctrl_c():
+    "Ctrl-C interrupts Python, also where the tests run in the background: a shell starts those with it ignored."
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_interrupt_keeps_what_arrived(hub, folder, ctrl_c, monkeypatch):
     from huggingface_hub import constants
 
-    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 20)
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 120)  # nothing but the interrupt ends the wait
     hub.faults[VAL] = Fault(stall_at=2 * CHUNK)
 
     def press_ctrl_c():
-        wait_until(lambda: any(path.stat().st_size == 2 * CHUNK for path in leftovers(folder)))
+        wait_until(lambda: any(path.stat().st_size == 2 * CHUNK for path in leftovers(folder)), 60)
         os.kill(os.getpid(), signal.SIGINT)
 
     presser = threading.Thread(target=press_ctrl_c)

@@ -435,7 +435,7 @@ def test_one_compilation_for_all_numbers_of_tokens(device, request):
             y = x.clone().requires_grad_()
             losses.append(function(y, targets))
             grads.append(torch.autograd.grad(losses[-1], y)[0])
-        assert off(losses[1].detach(), losses[0].detach().double()) < 1e-3 and off(grads[1], grads[0].double()) < 3e-2
+        assert off(losses[1].detach(), losses[0].detach().double()) < 3e-3 and off(grads[1], grads[0].double()) < 3e-2
         counts.append(counter.frame_count)
     assert counts[0] == counts[-1]
     torch._dynamo.reset()

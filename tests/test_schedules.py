@@ -241,7 +241,7 @@ def test_warm_up_visits_every_stage_and_leaves_no_trace(nano, monkeypatch):
     nano.loader.next_step(list(range(PARTS)))
     before, position = [p.detach().clone() for p in nano.model.parameters()], nano.loader.state()
     trainer.warm_up(nano.model, nano.model, nano.optimizer, nano.loader, nano.recipe, join_world("cpu"))
-    assert seen == [(256, 3, 48), (512, 2, 112), (768, 1, 176), (768, 1, 208)]
+    assert seen == [(256, 3, 48), (256, 3, 48), (512, 2, 112), (768, 1, 176), (768, 1, 208)]
     assert all(torch.equal(p, old) and p.grad is None for p, old in zip(nano.model.parameters(), before, strict=True))
     assert nano.loader.state() == position and not nano.optimizer.state
 

@@ -1,7 +1,6 @@
 """The training loop: any number of processes, stopping, resuming, and one clear line for every failure."""
 
 import dataclasses
-import functools
 import json
 import os
 import re
@@ -23,11 +22,13 @@ from speedrun_lib.train import (
     RunLog,
     join_world,
     read_checkpoint,
+    set_step,
     tokens_before,
     total_steps,
     train,
     validate,
 )
+from tests.command import speedrun
 from tests.rungs import NAMES, depth
 
 SMALL_VAL = dataclasses.replace(SIZES["nano"], val_tokens=4096)
@@ -62,9 +63,9 @@ def run_here(shards: Path, folder: Path, recipe, val_every: int = 3, **options) 
     return train(recipe, SMALL_VAL, run, join_world("cpu"), RunLog(folder, 0, run.resume))
 
 
-def cli(*args: str, cwd: Path, env: dict | None = None, timeout: int = 120) -> subprocess.CompletedProcess:
-    command = [SPEEDRUN, *args]
-    return subprocess.run(command, cwd=cwd, env=env or ENV, capture_output=True, text=True, timeout=timeout)
+def installed(*args: str, cwd: Path, env: dict = ENV) -> subprocess.CompletedProcess:
+    "The command as a person starts it."
+    return subprocess.run([SPEEDRUN, *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=200)
 
 
 SMALL = ["--size", "nano", "--set", "seq_len=64", "--set", "num_layers=2"]
@@ -91,37 +92,34 @@ def test_log_has_the_format_of_the_original(shards, tmp_path):
                for x in lines)
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(shards, tmp_path_factory):
-    "Loss and folder of an uninterrupted run of eight steps of a rung."
-    @functools.cache
-    def run(rung):
-        folder = tmp_path_factory.mktemp(rung)
-        return run_here(shards, folder / "whole", quick(rung, steps="8"), val_every=6), folder / "whole"
+@pytest.mark.parametrize("rung, stops", [("lean", (4,)), ("muon", (4,)), (LADDER[-1].name, (2, 4, 5, 9))])
+def test_resuming_continues_to_the_bit(few_to_validate, tmp_path, rung, stops, monkeypatch):
+    """With the last rung in all three stages and after them, between Adam's steps too; the head is split after step 5.
 
-    return run
+    One run stops and goes on at each of these steps: what a stop loses is missing at the end, too. The second stage
+    (step 3) begins inside the part from 2 to 4, the third (5) with a part, the extension (8) inside that from 5 to 9.
+    """
+    recipe = quick(rung, steps="8", seq_len="32")
+    loss = run_here(few_to_validate, tmp_path / "whole", recipe, val_every=6)
+    first = read_checkpoint(tmp_path / "whole/checkpoint.safetensors")[0]
 
+    def set_step_and_stop(step, *rest):
+        "Send the signal that a cluster would send, at the start of a step."
+        set_step(step, *rest)
+        if step == stop - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-@pytest.mark.parametrize("rung, stop", [("lean", 4), ("muon", 4), *((LADDER[-1].name, n) for n in (2, 4, 5, 9))])
-def test_resuming_continues_to_the_bit(shards, tmp_path, uninterrupted, rung, stop):
-    "With the last rung in all three stages and after them, between Adam's steps too; the head is split after step 5."
-    recipe = quick(rung, steps="8")
-    loss, whole = uninterrupted(rung)
-    folder = tmp_path / "halves"
-
-    class StopsEarly(RunLog):
-        "Sends the signal that a cluster would send."
-
-        def progress(self, step, *rest):
-            super().progress(step, *rest)
-            if step == stop - 1:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-    run = Run(shards, folder, val_every=6, log_every=1)
-    with pytest.raises(RunError, match=f"stopped after step {stop}"):
-        train(recipe, SMALL_VAL, run, join_world("cpu"), StopsEarly(folder, 0))
-    assert run_here(shards, folder, recipe, val_every=6, resume=True) == loss
-    first, second = (read_checkpoint(x / "checkpoint.safetensors")[0] for x in (whole, folder))
+    monkeypatch.setattr("speedrun_lib.train.set_step", set_step_and_stop)
+    folder = tmp_path / "parts"
+    for stop in stops:
+        run = Run(few_to_validate, folder, val_every=6, log_every=1, resume=stop != stops[0])
+        with pytest.raises(RunError, match=f"stopped after step {stop}"):
+            train(recipe, SMALL_VAL, run, join_world("cpu"), RunLog(folder, 0, run.resume))
+    monkeypatch.undo()
+    assert run_here(few_to_validate, folder, recipe, val_every=6, resume=True) == loss
+    logs = [read_log(tmp_path / name).dropna(subset="train_loss") for name in ("whole", "parts")]
+    assert logs[0].train_loss.tolist() == logs[1].train_loss.tolist(), "also on the way"
+    second = read_checkpoint(folder / "checkpoint.safetensors")[0]
     assert all(torch.equal(first[k], second[k]) for k in first) and first.keys() == second.keys()
 
 
@@ -148,9 +146,12 @@ def test_any_number_of_processes_agrees(few_to_validate, tmp_path, rung, worlds)
     losses = {}
     for n in worlds:
         out = tmp_path / f"w{n}"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}",
-                   "--no-python", SPEEDRUN, *base, "--out", str(out)]
-        done = subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=200)
+        if n == 2:  # as a person starts it
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}",
+                       "--no-python", SPEEDRUN, *base, "--out", str(out)]
+            done = subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=200)
+        else:
+            done = speedrun(*base, "--out", str(out), cwd=tmp_path, env=ENV, processes=n)
         assert done.returncode == 0, done.stderr[-2000:]
         log = read_log(out)
         losses[n] = torch.tensor([*log.train_loss.dropna(), *log.val_loss.dropna()])
@@ -244,7 +245,7 @@ FAULTS = {
 def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path):
     args, expected = FAULTS[case]
     (tmp_path / "file").write_text("not a folder")
-    done = cli(*args, cwd=tmp_path)
+    done = (installed if case == "unknown rung" else speedrun)(*args, cwd=tmp_path, env=ENV)
     lines = done.stderr.strip().splitlines()
     assert done.returncode == 2 and len(lines) == 1, done.stderr
     assert lines[0].startswith("error: ") and expected in lines[0]
@@ -252,12 +253,12 @@ def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_asking_for_a_gpu_where_there_is_none(tmp_path):
-    done = cli("train", "muon", "--device", "cuda", cwd=tmp_path)
+    done = speedrun("train", "muon", "--device", "cuda", cwd=tmp_path, env=ENV)
     assert done.returncode == 2 and "torch sees none" in done.stderr.splitlines()[-1]
 
 
 def test_world_size_that_does_not_divide(tmp_path):
-    done = cli("train", "muon", cwd=tmp_path, env=ENV | {"WORLD_SIZE": "3", "RANK": "0"})
+    done = speedrun("train", "muon", cwd=tmp_path, env=ENV | {"WORLD_SIZE": "3", "RANK": "0"})
     assert done.returncode == 2 and "use 1, 2, 4 or 8" in done.stderr
 
 
@@ -272,12 +273,12 @@ def test_damaged_shards_are_named(shards, tmp_path, damage, expected):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     bad = next(tmp_path.glob("*train*"))
     bad.write_bytes(damage(bad.read_bytes()))
-    done = cli("train", "muon", "--data", str(tmp_path), cwd=tmp_path)
+    done = speedrun("train", "muon", "--data", str(tmp_path), cwd=tmp_path, env=ENV)
     assert done.returncode == 2 and expected in done.stderr and bad.name in done.stderr
 
 
 def test_demo_end_to_end(tmp_path):
-    done = cli("demo", "--steps", "2", "--out", "runs/d", cwd=tmp_path, timeout=200)
+    done = speedrun("demo", "--steps", "1", "--out", "runs/d", cwd=tmp_path, env=ENV)
     assert done.returncode == 0, done.stderr[-1500:]
     for name in ("curve.png", "curve.svg", "table.md", *(f"{r}/{f}" for r in ("baseline", "muon") for f in (
             "log.txt", "log.jsonl", "sample.txt", "checkpoint.safetensors", "curve.png"))):
@@ -307,5 +308,5 @@ def test_every_command_has_help_with_an_example():
     (["data", "get", "demo"], "demo_gpt2"),
 ])
 def test_commands_that_only_look(args, expected, tmp_path):
-    done = cli(*args, cwd=tmp_path, env=ENV | {"COLUMNS": "200"})
+    done = (installed if "doctor" in args else speedrun)(*args, cwd=tmp_path, env=ENV | {"COLUMNS": "200"})
     assert done.returncode == 0 and expected in done.stdout, done.stderr

@@ -614,7 +614,8 @@ def warm_up(
 ) -> None:
     "Compile and run every stage once on the first tokens, then restore weights, optimizer state and position."
     before, position = [p.detach().clone() for p in model.parameters()], loader.state()
-    for step in (0,):
+    steps = [0]  # tables step in odd steps only
+    for step in steps:
         set_step(step, optimizer, recipe)
         train_step(model, optimizer, loader.next_step(world.parts), recipe, world)
     with torch.no_grad():

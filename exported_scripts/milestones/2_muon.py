@@ -454,7 +454,8 @@ class GPT(nn.Module):
                   gate_w: Tensor | None = None, cu_seqlens: Tensor | None = None,
                   max_len: Tensor | None = None) -> Tensor:
         "What one layer's attention gathers, (b, t, h, k); the matrices of queries, keys and values are (d, d)."
-        q, k, v = split_heads(a_btd, torch.cat(matrices), 3 * self.recipe.num_heads).chunk(3, dim=-2)
+        qkv_bthk = split_heads(a_btd, torch.cat(matrices), 3 * self.recipe.num_heads)
+        q, k, v = qkv_bthk.chunk(3, dim=-2)
         q, k = norm_queries_keys(q, k)
         q, k = (rotate(x, self.rotary_cos, self.rotary_sin) for x in (q, k))
         y = causal_attention(q, k, v, self.recipe.softmax_scale)
@@ -978,7 +979,8 @@ def warm_up(
 ) -> None:
     "Compile and run every stage once on the first tokens, then restore weights, optimizer state and position."
     before, position = [p.detach().clone() for p in model.parameters()], loader.state()
-    for step in (0,):
+    steps = [0, 1]  # tables step in odd steps only
+    for step in steps:
         set_step(step, optimizer, recipe)
         train_step(model, optimizer, loader.next_step(world.parts), world)
     with torch.no_grad():

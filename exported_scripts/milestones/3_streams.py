@@ -629,6 +629,7 @@ class GPT(nn.Module):
         self.register_buffer("rotary_sin", sin_tk, persistent=False)
         self.make_banks(layers, d)
         self.make_streams(layers, d, vocab_size)
+        self.register_buffer("mtp_weights", torch.empty(3), persistent=False)
         self.at_step(0)
 
     def make_banks(self, layers: int, d: int) -> None:
@@ -662,19 +663,20 @@ class GPT(nn.Module):
     def at_step(self, step: int) -> None:
         "Set what depends on the step: weights of the targets, windows, and what follows the long window."
         weights = mtp_weights(step, self.recipe.steps)
-        # always three of them: a compiled network wants one shape
-        self.mtp_weights = torch.tensor(weights + [0.0] * (3 - len(weights)), device=self.embed.device)
+        # always three of them in the same memory: a compiled network wants one shape, a recorded one the same place
+        self.mtp_weights.copy_(torch.tensor(weights + [0.0] * (3 - len(weights))))
 
     def attention(self, a_btd: Tensor, layer: int, matrices: tuple[Tensor, ...], extra_v: Tensor | None = None,
                   gate_w: Tensor | None = None, cu_seqlens: Tensor | None = None,
                   max_len: Tensor | None = None) -> Tensor:
         "What one layer's attention gathers, (b, t, h, k); the matrices of queries, keys and values are (d, d)."
-        q, k, v = split_heads(a_btd, torch.cat(matrices), 3 * self.recipe.num_heads).chunk(3, dim=-2)
+        qkv_bthk = split_heads(a_btd, torch.cat(matrices), 3 * self.recipe.num_heads)
+        q, k, v = qkv_bthk.chunk(3, dim=-2)
         q, k = norm_queries_keys(q, k)
+        q, k = (rotate(x, self.rotary_cos, self.rotary_sin) for x in (q, k))
         if extra_v is not None:
             v = v + extra_v
         gathered_v = v
-        q, k = (rotate(x, self.rotary_cos, self.rotary_sin) for x in (q, k))
         y = causal_attention(q, k, v, self.recipe.softmax_scale)
         if layer in XSA_LAYERS:
             y = exclude_self(y, gathered_v, self.xsa_alphas[layer])
@@ -1254,7 +1256,9 @@ def warm_up(
 ) -> None:
     "Compile and run every stage once on the first tokens, then restore weights, optimizer state and position."
     before, position = [p.detach().clone() for p in model.parameters()], loader.state()
-    for step in (0, *stage_bounds(recipe.steps)):
+    steps = [0, 1]  # tables step in odd steps only
+    steps += stage_bounds(recipe.steps)
+    for step in steps:
         set_step(step, bare_model, optimizer, recipe)
         train_step(model, optimizer, loader.next_step(world.parts), world)
     with torch.no_grad():

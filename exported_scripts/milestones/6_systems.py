@@ -949,7 +949,8 @@ class DocumentLoader(TokenLoader):
             before = min(first, 2)  # the demo's rule looks two tokens back
             starts = document_starts(self.tokens[first - before : end - 1], self.bos) - before
             starts = starts[starts >= 0]
-        slots = max(document_slots(self.row_len), len(starts) + 2)
+        # if they do not fit, a power of two: few different lengths, so that little compiles again
+        slots = max(document_slots(self.row_len), 1 << (len(starts) + 1).bit_length())
         borders = cumulative_lengths(torch.from_numpy(starts), self.row_len, slots)
         return *super().batch(rows), borders, torch.tensor(self.max_len, dtype=torch.int32)
 
@@ -2022,6 +2023,7 @@ class GPT(nn.Module):
         self.softmax_scale = torch.tensor(recipe.softmax_scale)
         self.short, self.long = torch.zeros((), dtype=torch.int32), torch.zeros((), dtype=torch.int32)
         self.past_windows: list[tuple[int, int]] = []  # those that the rotary tables follow
+        self.register_buffer("mtp_weights", torch.empty(3), persistent=False)
         self.at_step(0)
         for name, p in self.named_parameters():
             if name not in ("scalars", "resid_lambdas", "post_lambdas", "x0_lambdas", "bigram_lambdas", "xsa_alphas"):
@@ -2058,8 +2060,8 @@ class GPT(nn.Module):
     def at_step(self, step: int) -> None:
         "Set what depends on the step: weights of the targets, windows, and what follows the long window."
         weights = mtp_weights(step, self.recipe.steps)
-        # always three of them: a compiled network wants one shape
-        self.mtp_weights = torch.tensor(weights + [0.0] * (3 - len(weights)), device=self.embed.device)
+        # always three of them in the same memory: a compiled network wants one shape, a recorded one the same place
+        self.mtp_weights.copy_(torch.tensor(weights + [0.0] * (3 - len(weights))))
         windows = stage_windows(step, self.recipe.steps, self.recipe.window_block)
         if windows != self.past_windows:
             self.past_windows = windows
@@ -2076,21 +2078,25 @@ class GPT(nn.Module):
                   gate_w: Tensor | None = None, cu_seqlens: Tensor | None = None,
                   max_len: Tensor | None = None) -> Tensor:
         "What one layer's attention gathers, (b, t, h, k); the matrices of queries, keys and values are (d, d)."
-        q, k, v = split_heads(a_btd, torch.cat(matrices), 3 * self.recipe.num_heads).chunk(3, dim=-2)
+        qkv_bthk = split_heads(a_btd, torch.cat(matrices), 3 * self.recipe.num_heads)
+        q, k, v = qkv_bthk.chunk(3, dim=-2)
         q, k = norm_queries_keys(q, k)
-        if extra_v is not None:
-            v = v + extra_v
-        gathered_v = v
         if layer in PAIRED_LAYERS:
             q, k = (rotate_pairs(x, self.rotary_cos, self.rotary_sin) for x in (q, k))
-            q, k, v = in_pairs(q), in_pairs(k), in_pairs(v)
         else:
             q, k = (rotate(x, self.rotary_cos, self.rotary_sin) for x in (q, k))
         if layer in LONG_LAYERS:
             k = offset_keys(k)
+        if extra_v is not None:
+            v = v + extra_v
+        gathered_v = v
+        if layer in PAIRED_LAYERS:
+            q, k, v = in_pairs(q), in_pairs(k), in_pairs(v)
         window = self.long if layer in LONG_LAYERS else self.short
         rows = q.shape[1] // a_btd.shape[1]  # two for every token where heads are paired
-        y = varlen_attention(q[0], k[0], v[0], cu_seqlens, max_len, window, self.softmax_scale, rows)
+        # squeezed, not indexed: the gradient of an index is a copy
+        y = varlen_attention(
+            q.squeeze(0), k.squeeze(0), v.squeeze(0), cu_seqlens, max_len, window, self.softmax_scale, rows)
         y = y.reshape(gathered_v.shape)
         if layer in XSA_LAYERS:
             y = exclude_self(y, gathered_v, self.xsa_alphas[layer])
@@ -2162,7 +2168,7 @@ class GPT(nn.Module):
         "Mean cross-entropy of the next token in nats, a scalar; with several targets the weighted sum over all tokens."
         if self.training:
             x_btd = self.hidden(inputs_bt, cu_seqlens, max_len)
-            return fused_head_loss(x_btd[0], self.lm_head, targets_bt[0], self.mtp_weights)
+            return fused_head_loss(x_btd.squeeze(0), self.lm_head, targets_bt.squeeze(0), self.mtp_weights)
         z_btv = self.logits(inputs_bt, cu_seqlens, max_len).float()
         if self.training:
             return mtp_losses(z_btv, targets_bt, self.mtp_weights).sum()
@@ -2688,7 +2694,9 @@ def warm_up(
 ) -> None:
     "Compile and run every stage once on the first tokens, then restore weights, optimizer state and position."
     before, position = [p.detach().clone() for p in model.parameters()], loader.state()
-    for step in (0, *stage_bounds(recipe.steps)):
+    steps = [0, 1]  # tables step in odd steps only
+    steps += stage_bounds(recipe.steps)
+    for step in steps:
         set_step(step, bare_model, optimizer, loader, recipe)
         train_step(model, optimizer, loader.next_step(world.parts), world)
     with torch.no_grad():
