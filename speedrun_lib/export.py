@@ -767,7 +767,7 @@ def export_script(
     others = [s for s in module.body if not m.matches(s, IMPORT)]
     records = f"record{'s' * (len(step.records) > 1)} {', '.join(step.records)}"
     if not step.records:
-        records = "record 82, and what this course adds to it"
+        records = "an addition to record 82"
     summary = step.summary[0].upper() + step.summary[1:] + "."
     header = HEADER.format(title=summary, rung=rung, records=records, chapter=step.chapter)
     return "\n\n\n".join([

@@ -181,7 +181,7 @@ def check_rotary(qkv_thk: Tensor, cos_tk: Tensor, sin_tk: Tensor, paired: bool) 
                          f"{qkv_thk.dtype} on {qkv_thk.device.type}")
     t, heads, k = qkv_thk.shape
     if k & (k - 1) or (paired and heads // 3 % 2):
-        raise ValueError(f"rotary_heads needs a head dim that is a power of two and, for pairs, an even number of heads, "
+        raise ValueError("rotary_heads needs a head dim that is a power of two, and an even number of heads for pairs, "
                          f"not {heads // 3} heads of {k}")
     if not all(x.is_contiguous() and x.shape[1:] == (k,) and len(x) >= t * (1 + paired) for x in (cos_tk, sin_tk)):
         raise ValueError(f"rotary_heads needs contiguous tables with {t * (1 + paired)} rows of {k}, not "
