@@ -2243,10 +2243,13 @@ def inverse_length(even, odd, K: tl.constexpr):
 
 
 @triton.jit
-def angles(cos_ptr, sin_ptr, row, K: tl.constexpr):
-    "Cosine and sine of each pair of dimensions, (n, k/2); the table has each twice."
-    at = row[:, None] * K + 2 * tl.arange(0, K // 2)[None, :]
-    return tl.load(cos_ptr + at).to(tl.float32), tl.load(sin_ptr + at).to(tl.float32)
+def angles(cos_ptr, sin_ptr, t, tokens, PAIRED: tl.constexpr, K: tl.constexpr):
+    "Cosine and sine of each pair of dimensions for even and for odd heads, (n, k/2); the tables have each twice."
+    row = tl.minimum(t, tokens - 1)
+    at = (2 * row if PAIRED else row)[:, None] * K + 2 * tl.arange(0, K // 2)[None, :]
+    odd = at + K if PAIRED else at
+    return (tl.load(cos_ptr + at).to(tl.float32), tl.load(sin_ptr + at).to(tl.float32),
+            tl.load(cos_ptr + odd).to(tl.float32), tl.load(sin_ptr + odd).to(tl.float32))
 
 
 @triton.jit
@@ -2267,10 +2270,8 @@ def rotary_kernel(
 ):
     "Queries, keys and values of some tokens."
     t, column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, K)[None, :]
-    inside, row = (t < tokens)[:, None], tl.minimum(t, tokens - 1)
-    cos_a, sin_a = angles(cos_ptr, sin_ptr, 2 * row if PAIRED else row, K)
-    cos_b, sin_b = angles(cos_ptr, sin_ptr, 2 * row + 1 if PAIRED else row, K)
-    token = t.to(tl.int64)[:, None]
+    inside, token = (t < tokens)[:, None], t.to(tl.int64)[:, None]
+    cos_a, sin_a, cos_b, sin_b = angles(cos_ptr, sin_ptr, t, tokens, PAIRED, K)
     for i in tl.static_range(3 * H):
         x = tl.load(qkv_ptr + (token * 3 * H + i) * K + column, mask=inside, other=0.0)
         here = (token * H + i % H) * K + column
@@ -2300,10 +2301,8 @@ def rotary_gradient_kernel(
 ):
     "Gradient of the products of some tokens from those of queries, keys and values."
     t, column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, K)[None, :]
-    inside, row = (t < tokens)[:, None], tl.minimum(t, tokens - 1)
-    cos_a, sin_a = angles(cos_ptr, sin_ptr, 2 * row if PAIRED else row, K)
-    cos_b, sin_b = angles(cos_ptr, sin_ptr, 2 * row + 1 if PAIRED else row, K)
-    token = t.to(tl.int64)[:, None]
+    inside, token = (t < tokens)[:, None], t.to(tl.int64)[:, None]
+    cos_a, sin_a, cos_b, sin_b = angles(cos_ptr, sin_ptr, t, tokens, PAIRED, K)
     for i in tl.static_range(3 * H):
         there, here = (token * 3 * H + i) * K + column, (token * H + i % H) * K + column
         if i < 2 * H:
@@ -2342,6 +2341,22 @@ def runs_rotary(
     return dtype == torch.bfloat16 and takes_triton(torch.empty(0, device=device_type))
 
 
+def check_rotary(qkv_thk: Tensor, cos_tk: Tensor, sin_tk: Tensor, paired: bool) -> None:
+    "Raise `ValueError` for what the kernels do not take."
+    if qkv_thk.ndim != 3 or qkv_thk.shape[1] % 3 or not runs_rotary(qkv_thk.device.type, qkv_thk.dtype):
+        raise ValueError(f"rotary_heads takes (t, 3h, k) in bf16 on a GPU, not {tuple(qkv_thk.shape)} "
+                         f"{qkv_thk.dtype} on {qkv_thk.device.type}")
+    t, heads, k = qkv_thk.shape
+    if k & (k - 1) or (paired and heads // 3 % 2):
+        raise ValueError("rotary_heads needs a head dim that is a power of two, and an even number of heads for pairs, "
+                         f"not {heads // 3} heads of {k}")
+    if not all(x.is_contiguous() and x.shape[1:] == (k,) and len(x) >= t * (1 + paired) for x in (cos_tk, sin_tk)):
+        raise ValueError(f"rotary_heads needs contiguous tables with {t * (1 + paired)} rows of {k}, not "
+                         f"{tuple(cos_tk.shape)} and {tuple(sin_tk.shape)}")
+    if not qkv_thk.is_contiguous():
+        raise ValueError(f"rotary_heads takes contiguous heads, not strides {qkv_thk.stride()}: use .contiguous()")
+
+
 @torch.library.custom_op("speedrun::rotary_heads", mutates_args=())
 def rotary_heads(
     qkv_thk: Tensor,  # (t, 3h, k) bf16, contiguous; k is a power of two
@@ -2360,22 +2375,6 @@ def rotary_heads(
             rotary_kernel[triton.cdiv(t, block),](
                 qkv_thk, *out, cos_tk, sin_tk, t, heads // 3, k, paired, offset, block, INTERPRETED, num_warps=warps)
     return tuple(out)
-
-
-def check_rotary(qkv_thk: Tensor, cos_tk: Tensor, sin_tk: Tensor, paired: bool) -> None:
-    "Raise `ValueError` for what the kernels do not take."
-    if qkv_thk.ndim != 3 or qkv_thk.shape[1] % 3 or not runs_rotary(qkv_thk.device.type, qkv_thk.dtype):
-        raise ValueError(f"rotary_heads takes (t, 3h, k) in bf16 on a GPU, not {tuple(qkv_thk.shape)} "
-                         f"{qkv_thk.dtype} on {qkv_thk.device.type}")
-    t, heads, k = qkv_thk.shape
-    if k & (k - 1) or (paired and heads // 3 % 2):
-        raise ValueError("rotary_heads needs a head dim that is a power of two, and an even number of heads for pairs, "
-                         f"not {heads // 3} heads of {k}")
-    if not all(x.is_contiguous() and x.shape[1:] == (k,) and len(x) >= t * (1 + paired) for x in (cos_tk, sin_tk)):
-        raise ValueError(f"rotary_heads needs contiguous tables with {t * (1 + paired)} rows of {k}, not "
-                         f"{tuple(cos_tk.shape)} and {tuple(sin_tk.shape)}")
-    if not qkv_thk.is_contiguous():
-        raise ValueError(f"rotary_heads takes contiguous heads, not strides {qkv_thk.stride()}: use .contiguous()")
 
 
 @rotary_heads.register_fake
