@@ -16,7 +16,8 @@ def main() -> int:
     env = os.environ | {"OMP_NUM_THREADS": "1", "SPEEDRUN_STATIC": "1", "MPLBACKEND": "agg"}
     notebooks = subprocess.run(["nbdev_test", "--n_workers", "2", "--path", "nbs"], cwd=ROOT, env=env)
     print(f"notebooks: {'passed' if notebooks.returncode == 0 else 'FAILED'}", flush=True)
-    pytest = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "worksteal", *sys.argv[1:]]
+    # one worker more than cores: some tests wait for servers and for other processes
+    pytest = [sys.executable, "-m", "pytest", "-n", "3", "--dist", "worksteal", *sys.argv[1:]]
     others = subprocess.run(pytest, cwd=ROOT, env=env)
     return notebooks.returncode or others.returncode
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 LONG = ["test_site.py", "test_resuming", "test_any_number_of_processes_agrees", "test_demo", "test_script_and_package",
-        "test_oracle.py", "learn[staged", "learn[bf16", "test_kernels_in_the", "test_two_processes_and",
+        "test_oracle.py", "learn[bf16", "test_kernels_in_the", "test_two_processes_and",
         "test_exports_depend", "test_interrupted", "test_export.py", "test_train.py"]
 
 
 def pytest_collection_modifyitems(items):
-    "Long tests first: what is left at the end is short, so that two workers finish together."
+    "Long tests first: what is left at the end is short, so that the workers finish together."
     items.sort(key=lambda item: next((n for n, part in enumerate(LONG) if part in item.nodeid), len(LONG)))
 
 

@@ -54,14 +54,14 @@ def errors(t, h, k, device, paired, offset, seed=0):
 
 @DEVICES
 @pytest.mark.parametrize("paired, offset", [(False, False), (True, False), (False, True)])
-@pytest.mark.parametrize("t, h, k", [(40, 6, 128), (1, 2, 16), (33, 4, 64)])
+@pytest.mark.parametrize("t, h, k", [(20, 6, 128), (1, 2, 16), (33, 4, 32)])
 def test_forward_and_gradient(device, paired, offset, t, h, k):
     assert max(errors(t, h, k, device, paired, offset)) < 2.5e-3, "rounded to bf16 once"
 
 
 @DEVICES
 @few
-@given(st.integers(1, 70), st.integers(1, 3), st.booleans(), st.booleans(), st.integers(0, 99))
+@given(st.integers(1, 40), st.integers(1, 2), st.booleans(), st.booleans(), st.integers(0, 99))
 def test_any_number_of_tokens(device, t, pairs, paired, offset, seed):
     assert max(errors(t, 2 * pairs, 16, device, paired, offset, seed)) < 4e-3
 
@@ -130,8 +130,8 @@ def network_loss(rung, device, bf16="false"):
     model = gpt.build_model(recipe, SIZES["nano"]).to(device)
     with torch.no_grad():
         model.vo_bank += 0.05 * torch.randn_like(model.vo_bank)
-    tokens = torch.randint(0, 257, (1, 64), generator=torch.Generator().manual_seed(1)).to(device)
-    cu_seqlens = torch.tensor([0, 20, 50, 64], dtype=torch.int32, device=device)
+    tokens = torch.randint(0, 257, (1, 16), generator=torch.Generator().manual_seed(1)).to(device)
+    cu_seqlens = torch.tensor([0, 5, 12, 16], dtype=torch.int32, device=device)
     loss = model(tokens, tokens.roll(-1, 1), cu_seqlens, torch.tensor(40, dtype=torch.int32))
     loss.backward()
     return loss.item(), model.qk_bank.grad

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from speedrun_lib import gpt
 from speedrun_lib.documents import varlen_attention
 from speedrun_lib.offset_pairs import PAIRED_LAYERS, in_pairs, offset_keys, rotate_pairs
-from speedrun_lib.recipe import LADDER, SIZES, recipe_for
+from speedrun_lib.recipe import SIZES, recipe_for
 from speedrun_lib.rotary import rotary_frequencies, rotary_table, rotate
 
 WITH_ATTENTION = [0, 1, 2, 3, 4, 5, 7, 8, 9, 10]
@@ -150,7 +150,7 @@ def watch(monkeypatch, model, identity=False):
     return z, dict(zip(WITH_ATTENTION, calls, strict=True))
 
 
-@pytest.mark.parametrize("rung", ["key_offset", "paired_heads", LADDER[-1].name])
+@pytest.mark.parametrize("rung", ["key_offset", "paired_heads", "sparse_bigram"])
 def test_the_right_layers(monkeypatch, rung):
     offset_at, paired_at, seen = [], [], []
     kept = gpt.offset_keys, gpt.in_pairs, gpt.GPT.attention
