@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from speedrun_lib import cli
+from speedrun_lib import train as trainer
 from speedrun_lib.data import TokenLoader, find_shards, read_shard, write_demo, write_shard
 from speedrun_lib.recipe import LADDER, SIZES, recipe_for
 from speedrun_lib.runs import load_model, read_log, sample_text
@@ -310,3 +312,23 @@ def test_every_command_has_help_with_an_example():
 def test_commands_that_only_look(args, expected, tmp_path):
     done = (installed if "doctor" in args else speedrun)(*args, cwd=tmp_path, env=ENV | {"COLUMNS": "200"})
     assert done.returncode == 0 and expected in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("entry", ["script", "command"])
+def test_a_full_gpu_is_one_line(entry, shards, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 23 GiB. GPU 0 has 40 GiB")
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        if entry == "script":
+            monkeypatch.setattr(trainer, "train", full)
+            monkeypatch.setattr("sys.argv", [__file__, "--size", "nano", "--data", str(shards), "--device", "cpu"])
+            trainer.main({"nano": quick("muon")}, {"nano": SIZES["nano"]}, "muon")
+        else:
+            monkeypatch.setattr(cli, "train", full)
+            monkeypatch.setattr("sys.argv", ["speedrun", "train", "muon", "--data", str(shards), "--device", "cpu"])
+            cli.command_line()
+    assert stopped.value.code == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error")]
+    assert line.startswith("error: CUDA out of memory: ") and "SPEEDRUN_REPLAY=0" in line
