@@ -3318,8 +3318,8 @@ def out_of_memory(
     error: torch.OutOfMemoryError,
 ) -> str:
     "What to do when a GPU is full, in one line."
-    return (f"{str(error).split('. ')[0]}: stop other programs on this GPU, take a smaller size, or set SPEEDRUN_REPLAY=0, "
-            "with which training and validation share memory")
+    return (f"{str(error).split('. ')[0]}: stop other programs on this GPU, take a smaller size, or set "
+            "SPEEDRUN_REPLAY=0, with which training and validation share memory")
 
 
 def main(recipes: dict[str, Recipe], sizes: dict[str, Size], rung: str) -> None:
