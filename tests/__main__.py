@@ -6,6 +6,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -14,12 +15,21 @@ ROOT = Path(__file__).resolve().parents[1]
 def main() -> int:
     "Run both halves even when the first one fails; returns the exit code."
     env = os.environ | {"OMP_NUM_THREADS": "1", "SPEEDRUN_STATIC": "1", "MPLBACKEND": "agg"}
-    notebooks = subprocess.run(["nbdev_test", "--n_workers", "2", "--path", "nbs"], cwd=ROOT, env=env)
-    print(f"notebooks: {'passed' if notebooks.returncode == 0 else 'FAILED'}", flush=True)
+    # a page that registers an operator again takes it from the package: such pages need a process of their own
+    alone = "40_documents", "50_fp8_head", "52_symmetric", "53_fused", "57_fused_rotary"
+    commands = [["--path", f"nbs/{name}.ipynb"] for name in alone]
+    commands.append(["--n_workers", "2", "--path", "nbs", "--skip_file_re", f"^([_.]|{'|'.join(alone)})"])
+
+    def test(command: list[str]) -> int:
+        return subprocess.run(["nbdev_test", *command], cwd=ROOT, env=env).returncode
+
+    with ThreadPoolExecutor(2) as pool:
+        notebooks = max([*pool.map(test, commands[:-1]), test(commands[-1])])
+    print(f"notebooks: {'FAILED' if notebooks else 'passed'}", flush=True)
     # one worker more than cores: some tests wait for servers and for other processes
     pytest = [sys.executable, "-m", "pytest", "-n", "3", "--dist", "worksteal", *sys.argv[1:]]
     others = subprocess.run(pytest, cwd=ROOT, env=env)
-    return notebooks.returncode or others.returncode
+    return notebooks or others.returncode
 
 
 if __name__ == "__main__":
