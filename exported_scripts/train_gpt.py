@@ -2158,11 +2158,12 @@ class Replay(nn.Module):
     def __init__(
         self,
         model: nn.Module,  # returns a loss
-        scalars: list[Tensor],  # on the CPU; what a recording keeps as it was, beside the scalars among the inputs
+        bare_model: nn.Module,  # the same one, not compiled; scalars among its attributes are frozen in a recording
         recorder: GraphRecorder,  # or `TapeRecorder`
     ):
         super().__init__()
-        self.model, self.scalars, self.recorder = model, scalars, recorder
+        self.model, self.recorder = model, recorder
+        self.scalars = [x for x in vars(bare_model).values() if isinstance(x, Tensor) and not x.dim()]
         self.recordings: dict[tuple, Recording] = {}
         self.grads = {p: torch.zeros_like(p) for p in model.parameters()}
         self.anchor = torch.zeros((), device=next(model.parameters()).device, requires_grad=True)
@@ -3240,6 +3241,17 @@ def warm_up(
     loader.open(**position)
 
 
+@contextlib.contextmanager
+def full_gpu_as_run_error() -> Iterator[None]:
+    "A GPU without room ends a run like other failures: with one line that says what to do."
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RunError(f"{str(error).split('. ')[0]}: stop other programs on this GPU, take a smaller size, or set "
+                       "SPEEDRUN_REPLAY=0, with which training and validation share memory") from None
+
+
+@full_gpu_as_run_error()
 def train(
     recipe: Recipe,
     size: Size,
@@ -3257,8 +3269,7 @@ def train(
     bare_model = build_model(recipe, size).to(world.device)
     model = torch.compile(bare_model, dynamic=False, fullgraph=True) if run.compile else bare_model
     if replays(world.device.type):
-        scalars = [x for x in vars(bare_model).values() if isinstance(x, Tensor) and not x.dim()]
-        model = Replay(model, scalars, GraphRecorder())
+        model = Replay(model, bare_model, GraphRecorder())
     optimizer = build_optimizer(recipe, bare_model, run.compile)
     if run.compile:
         log.text("compiling the model and warming up kernels", console=True)
@@ -3314,14 +3325,6 @@ def train(
                     raise Interrupted(f"stopped after step {done}; continue with the same command and --resume")
 
 
-def out_of_memory(
-    error: torch.OutOfMemoryError,
-) -> str:
-    "What to do when a GPU is full, in one line."
-    return (f"{str(error).split('. ')[0]}: stop other programs on this GPU, take a smaller size, or set "
-            "SPEEDRUN_REPLAY=0, with which training and validation share memory")
-
-
 def main(recipes: dict[str, Recipe], sizes: dict[str, Size], rung: str) -> None:
     "Command line of an exported script; run it directly or under torchrun."
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -3357,9 +3360,6 @@ def main(recipes: dict[str, Recipe], sizes: dict[str, Size], rung: str) -> None:
     except (DataError, RunError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(130 if isinstance(error, Interrupted) else 2)
-    except torch.OutOfMemoryError as error:
-        print(f"error: {out_of_memory(error)}", file=sys.stderr)
-        sys.exit(2)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

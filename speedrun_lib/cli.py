@@ -31,7 +31,7 @@ from .page import use_style
 from .recipe import LADDER, SIZES, Recipe, RecipeError, known, recipe_for
 from .runs import draw_runs, read_log, sample_text, stored_losses
 from .site_build import SiteError, build_site
-from .train import Interrupted, Run, RunError, RunLog, join_world, out_of_memory, train
+from .train import Interrupted, Run, RunError, RunLog, join_world, train
 
 # %% ../nbs/96_cli.ipynb #f8e5c51c
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False,
@@ -357,7 +357,4 @@ def command_line() -> None:
         sys.exit(130)
     except (DataError, ExportError, RecipeError, RunError, SiteError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except torch.OutOfMemoryError as error:
-        print(f"error: {out_of_memory(error)}", file=sys.stderr)
         sys.exit(2)

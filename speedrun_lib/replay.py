@@ -107,11 +107,12 @@ class Replay(nn.Module):
     def __init__(
         self,
         model: nn.Module,  # returns a loss
-        scalars: list[Tensor],  # on the CPU; what a recording keeps as it was, beside the scalars among the inputs
+        bare_model: nn.Module,  # the same one, not compiled; scalars among its attributes are frozen in a recording
         recorder: GraphRecorder,  # or `TapeRecorder`
     ):
         super().__init__()
-        self.model, self.scalars, self.recorder = model, scalars, recorder
+        self.model, self.recorder = model, recorder
+        self.scalars = [x for x in vars(bare_model).values() if isinstance(x, Tensor) and not x.dim()]
         self.recordings: dict[tuple, Recording] = {}
         self.grads = {p: torch.zeros_like(p) for p in model.parameters()}
         self.anchor = torch.zeros((), device=next(model.parameters()).device, requires_grad=True)

@@ -6,7 +6,7 @@
 __all__ = ['RunError', 'Interrupted', 'World', 'join_world', 'Run', 'RunLog', 'build_optimizer', 'lr_factor', 'save_checkpoint',
            'read_checkpoint', 'load_checkpoint', 'stop_signals', 'Stopwatch', 'forward', 'train_step',
            'training_loader', 'validation_loader', 'validate', 'total_steps', 'set_step', 'tokens_before', 'warm_up',
-           'train', 'out_of_memory', 'main']
+           'full_gpu_as_run_error', 'train', 'main']
 
 # %% ../nbs/93_train.ipynb #f78a8000
 import argparse
@@ -439,6 +439,17 @@ def warm_up(
     loader.open(**position)
 
 # %% ../nbs/93_train.ipynb #74aeba46
+@contextlib.contextmanager
+def full_gpu_as_run_error() -> Iterator[None]:
+    "A GPU without room ends a run like other failures: with one line that says what to do."
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RunError(f"{str(error).split('. ')[0]}: stop other programs on this GPU, take a smaller size, or set "
+                       "SPEEDRUN_REPLAY=0, with which training and validation share memory") from None
+
+
+@full_gpu_as_run_error()
 def train(
     recipe: Recipe,
     size: Size,
@@ -457,8 +468,7 @@ def train(
     bare_model = build_model(recipe, size).to(world.device)
     model = torch.compile(bare_model, dynamic=False, fullgraph=True) if run.compile else bare_model
     if recipe.replayed and replays(world.device.type):
-        scalars = [x for x in vars(bare_model).values() if isinstance(x, Tensor) and not x.dim()]
-        model = Replay(model, scalars, GraphRecorder())
+        model = Replay(model, bare_model, GraphRecorder())
     optimizer = build_optimizer(recipe, bare_model, run.compile)
     if run.compile:
         log.text("compiling the model and warming up kernels", console=True)
@@ -514,14 +524,6 @@ def train(
                     raise Interrupted(f"stopped after step {done}; continue with the same command and --resume")
 
 # %% ../nbs/93_train.ipynb #c1336eb9
-def out_of_memory(
-    error: torch.OutOfMemoryError,
-) -> str:
-    "What to do when a GPU is full, in one line."
-    return (f"{str(error).split('. ')[0]}: stop other programs on this GPU, take a smaller size, or set "
-            "SPEEDRUN_REPLAY=0, with which training and validation share memory")
-
-
 def main(recipes: dict[str, Recipe], sizes: dict[str, Size], rung: str) -> None:
     "Command line of an exported script; run it directly or under torchrun."
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -557,9 +559,6 @@ def main(recipes: dict[str, Recipe], sizes: dict[str, Size], rung: str) -> None:
     except (DataError, RunError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(130 if isinstance(error, Interrupted) else 2)
-    except torch.OutOfMemoryError as error:
-        print(f"error: {out_of_memory(error)}", file=sys.stderr)
-        sys.exit(2)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -991,6 +991,17 @@ def warm_up(
     loader.open(**position)
 
 
+@contextlib.contextmanager
+def full_gpu_as_run_error() -> Iterator[None]:
+    "A GPU without room ends a run like other failures: with one line that says what to do."
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RunError(f"{str(error).split('. ')[0]}: stop other programs on this GPU, take a smaller size, or set "
+                       "SPEEDRUN_REPLAY=0, with which training and validation share memory") from None
+
+
+@full_gpu_as_run_error()
 def train(
     recipe: Recipe,
     size: Size,
@@ -1057,14 +1068,6 @@ def train(
                     raise Interrupted(f"stopped after step {done}; continue with the same command and --resume")
 
 
-def out_of_memory(
-    error: torch.OutOfMemoryError,
-) -> str:
-    "What to do when a GPU is full, in one line."
-    return (f"{str(error).split('. ')[0]}: stop other programs on this GPU, take a smaller size, or set "
-            "SPEEDRUN_REPLAY=0, with which training and validation share memory")
-
-
 def main(recipes: dict[str, Recipe], sizes: dict[str, Size], rung: str) -> None:
     "Command line of an exported script; run it directly or under torchrun."
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -1100,9 +1103,6 @@ def main(recipes: dict[str, Recipe], sizes: dict[str, Size], rung: str) -> None:
     except (DataError, RunError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(130 if isinstance(error, Interrupted) else 2)
-    except torch.OutOfMemoryError as error:
-        print(f"error: {out_of_memory(error)}", file=sys.stderr)
-        sys.exit(2)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
