@@ -57,6 +57,7 @@ def test_scripts_stand_alone_and_are_clean(rung, tmp_path):
     ruff = subprocess.run(command, capture_output=True, text=True)
     assert ruff.returncode == 0, ruff.stdout
     assert "speedrun_lib" not in source and "# %%" not in source and "recipe_for" not in source
+    assert 'custom_op("speedrun::' not in source, "loaded beside the package, it would take its operators"
 
 
 @pytest.mark.parametrize("rung", ["baseline", "muon", LADDER[-1].name])

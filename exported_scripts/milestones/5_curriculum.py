@@ -822,7 +822,7 @@ def uses_flex(device: str, dtype: torch.dtype) -> bool:
     return attention_backend(device, dtype) == "flex"
 
 
-@torch.library.custom_op("speedrun::varlen_attention", mutates_args=())
+@torch.library.custom_op("speedrun_script::varlen_attention", mutates_args=())
 def varlen_attention_op(
     q_thk: Tensor, k_thk: Tensor, v_thk: Tensor, cu_seqlens: Tensor, max_seqlen: Tensor, window: Tensor,
     softmax_scale: Tensor, rows: int,
@@ -846,7 +846,7 @@ def varlen_attention_shapes(q_thk, k_thk, v_thk, cu_seqlens, max_seqlen, window,
     return q_thk.new_empty(q_thk.shape), q_thk.new_empty((h, t), dtype=torch.float32)
 
 
-@torch.library.custom_op("speedrun::varlen_attention_backward", mutates_args=())
+@torch.library.custom_op("speedrun_script::varlen_attention_backward", mutates_args=())
 def varlen_attention_backward(
     grad_thk: Tensor, q_thk: Tensor, k_thk: Tensor, v_thk: Tensor, out_thk: Tensor, lse_ht: Tensor, cu_seqlens: Tensor,
     max_seqlen: Tensor, window: Tensor, softmax_scale: Tensor, rows: int,

@@ -822,7 +822,7 @@ def uses_flex(device: str, dtype: torch.dtype) -> bool:
     return attention_backend(device, dtype) == "flex"
 
 
-@torch.library.custom_op("speedrun::varlen_attention", mutates_args=())
+@torch.library.custom_op("speedrun_script::varlen_attention", mutates_args=())
 def varlen_attention_op(
     q_thk: Tensor, k_thk: Tensor, v_thk: Tensor, cu_seqlens: Tensor, max_seqlen: Tensor, window: Tensor,
     softmax_scale: Tensor, rows: int,
@@ -846,7 +846,7 @@ def varlen_attention_shapes(q_thk, k_thk, v_thk, cu_seqlens, max_seqlen, window,
     return q_thk.new_empty(q_thk.shape), q_thk.new_empty((h, t), dtype=torch.float32)
 
 
-@torch.library.custom_op("speedrun::varlen_attention_backward", mutates_args=())
+@torch.library.custom_op("speedrun_script::varlen_attention_backward", mutates_args=())
 def varlen_attention_backward(
     grad_thk: Tensor, q_thk: Tensor, k_thk: Tensor, v_thk: Tensor, out_thk: Tensor, lse_ht: Tensor, cu_seqlens: Tensor,
     max_seqlen: Tensor, window: Tensor, softmax_scale: Tensor, rows: int,
@@ -1182,7 +1182,7 @@ def check_factors(a8_mk: Tensor, b8_kn: Tensor, scale: Tensor) -> None:
                          "16 (tokens, width and vocabulary): pad them")
 
 
-@torch.library.custom_op("speedrun::fp8_matmul", mutates_args=())
+@torch.library.custom_op("speedrun_script::fp8_matmul", mutates_args=())
 def fp8_matmul(
     a8_mk: Tensor,  # e4m3 or e5m2, row-major
     b8_kn: Tensor,  # e4m3 or e5m2, column-major; not both e5m2
@@ -1369,7 +1369,7 @@ def check_transpose(name: str, src_mn: Tensor, dst_nm: Tensor | None = None) -> 
                          f"not {tuple(dst_nm.shape)} {dst_nm.dtype} with strides {dst_nm.stride()}")
 
 
-@torch.library.custom_op("speedrun::transposed", mutates_args=())
+@torch.library.custom_op("speedrun_script::transposed", mutates_args=())
 def transposed(
     x_mn: Tensor,  # contiguous; 1, 2 or 4 bytes a number
 ) -> Tensor:  # (n, m), contiguous
@@ -1385,7 +1385,7 @@ def transposed_shape(x_mn):
     return x_mn.new_empty(x_mn.shape[::-1])
 
 
-@torch.library.custom_op("speedrun::copy_transposed", mutates_args={"dst_nm"})
+@torch.library.custom_op("speedrun_script::copy_transposed", mutates_args={"dst_nm"})
 def copy_transposed(
     dst_nm: Tensor,  # written
     src_mn: Tensor,
@@ -1398,7 +1398,7 @@ def copy_transposed(
         dst_nm.copy_(src_mn.T)
 
 
-@torch.library.custom_op("speedrun::add_transposed", mutates_args={"dst_nm"})
+@torch.library.custom_op("speedrun_script::add_transposed", mutates_args={"dst_nm"})
 def add_transposed(
     dst_nm: Tensor,  # floating-point numbers, updated
     src_mn: Tensor,
@@ -1549,7 +1549,7 @@ def suits_symmetric(x: Tensor) -> bool:
     return takes_triton(x) and x.dtype in (torch.bfloat16, torch.float16) and x.numel() > 0
 
 
-@torch.library.custom_op("speedrun::symmetric_gram", mutates_args=())
+@torch.library.custom_op("speedrun_script::symmetric_gram", mutates_args=())
 def symmetric_gram(
     x_nrc: Tensor,  # a stack of matrices, any strides
 ) -> Tensor:  # (n, s, s), s = min(r, c)
@@ -1567,7 +1567,7 @@ def symmetric_gram_shape(x_nrc):
     return x_nrc.new_empty(x_nrc.shape[0], side, side)
 
 
-@torch.library.custom_op("speedrun::symmetric_quintic", mutates_args=())
+@torch.library.custom_op("speedrun_script::symmetric_quintic", mutates_args=())
 def symmetric_quintic(
     gram_nss: Tensor,  # symmetric matrices; only symmetric ones give what the name says
     b: float,
@@ -1703,7 +1703,7 @@ def runs_linear_relu2(
     return dtype == torch.bfloat16 and able and takes_triton(torch.empty(0, device=device_type))
 
 
-@torch.library.custom_op("speedrun::linear_relu2", mutates_args=())
+@torch.library.custom_op("speedrun_script::linear_relu2", mutates_args=())
 def linear_relu2(
     x_mk: Tensor,  # inputs; backward: gradient of what follows the second matrix
     w_nk: Tensor,  # first matrix; backward: second matrix
@@ -1883,7 +1883,7 @@ def plain_softcapped_losses(z_tv: Tensor, targets_t: Tensor, weights_n: Tensor) 
     return loss_t, grad_tv * (23 / 7.5) * u_tv * (1 - u_tv)
 
 
-@torch.library.custom_op("speedrun::softcapped_losses", mutates_args=())
+@torch.library.custom_op("speedrun_script::softcapped_losses", mutates_args=())
 def softcapped_losses(
     z_tv: Tensor,  # logits before the softcap
     targets_t: Tensor,  # int64: the next token of each position
