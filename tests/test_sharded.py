@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from speedrun_lib import optimizer as used
 from speedrun_lib import sparse
@@ -21,7 +22,7 @@ from speedrun_lib.two_speeds import split_step
 STEPS, RUN = 9, 10  # tied until step 7, the last one that moves both together
 
 
-def start(rung, **changes):
+def start(rung, device="cpu", **changes):
     "A network of size nano with random weights, the same in every process, and its optimizer."
     recipe = dataclasses.replace(recipe_for(rung, "nano", {"steps": str(STEPS)}), bigram_size=1024, **changes)
     size = dataclasses.replace(SIZES["nano"], model_dim=32, vocab_size=100)
@@ -31,6 +32,7 @@ def start(rung, **changes):
         for p in model.parameters():
             p += 0.02 * torch.randn_like(p)
         model.embed.copy_(model.lm_head.T)
+    model.to(device)
     return model, Optimizer(recipe, model)
 
 
@@ -47,13 +49,13 @@ def add_gradients(model, step, part, share):
         if name == "bigram_embed":
             rows = bigram_rows(tokens_of(step, part), len(p)).flatten().long()
             grad = torch.zeros_like(grad).index_add_(0, rows, grad[: len(rows)])
-        grad = (grad * share).to(p.dtype)
+        grad = (grad * share).to(p)
         p.grad = grad if p.grad is None else p.grad + grad
 
 
-def trained(rung, rank, size, steps=range(RUN), **changes):
+def trained(rung, rank, size, steps=range(RUN), device="cpu", **changes):
     "Parameters and state of all processes after some steps, with the same eight parts for every number of processes."
-    model, optimizer = start(rung, **changes)
+    model, optimizer = start(rung, device, **changes)
     parts = range(rank, PARTS, size)
     for step in steps:
         optimizer.step_number = step
@@ -117,6 +119,38 @@ def test_sparse_rows_bring_the_same_gradient(alone, size, monkeypatch):
     weights, _ = everywhere("sparse_bigram", size, bf16_weights=False)
     for name, expected in alone[0].items():
         assert close(weights[name], expected), name
+
+
+def one_of_several_gpus(rank, size, rung, folder):
+    "A process with a GPU of its own, joined to the others by NCCL; leaves what it found in a file."
+    sparse.SPARSE_FROM = 2
+    torch.cuda.set_device(rank)
+    dist.init_process_group("cpu:gloo,cuda:nccl", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
+    found = to_lists(trained(rung, rank, size, device=torch.device("cuda", rank), bf16_weights=False))
+    torch.save(found, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def on_gpus(size, rung, folder):
+    "What processes with a GPU each reach; they must agree to the bit."
+    folder.mkdir()
+    torch.multiprocessing.spawn(one_of_several_gpus, (size, rung, folder), nprocs=size)
+    found = [torch.load(folder / f"{rank}.pt") for rank in range(size)]
+    assert all(other == found[0] for other in found), "processes ended with different parameters"
+    return found[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rung", ["sharded", "sparse_bigram"])
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_any_number_of_gpus_updates_like_one(rung, size, tmp_path):
+    if torch.cuda.device_count() < size:
+        pytest.skip(f"needs {size} GPUs")
+    (weights, state), expected = on_gpus(size, rung, tmp_path / "several"), on_gpus(1, rung, tmp_path / "one")
+    for name, one in expected[0].items():
+        assert close(weights[name], one), name
+        for key, value in expected[1][name].items():
+            assert close(state[name][key], value), (name, key)
 
 
 def test_a_forgotten_row_is_seen(alone, monkeypatch):
