@@ -122,13 +122,15 @@ def generate(
     temperature: float = 0.8,  # 0 takes the best token, 1 follows the model
     top_k: int = 50,  # candidates per token
     seed: int = 0,
+    device: str = "cpu",  # where the model is
 ) -> list[int]:  # the drawn tokens, without the prompt
     "Draw a continuation."
     generator = torch.Generator().manual_seed(seed)
     tokens = list(prompt)
     for _ in range(count):
         seen = tokens[-recipe.seq_len:]
-        logits_v: Tensor = model.logits(torch.tensor([seen]), *row_borders(recipe, len(seen)))[0, -1].float()
+        inputs = (x.to(device) if x.dim() else x for x in (torch.tensor([seen]), *row_borders(recipe, len(seen))))
+        logits_v: Tensor = model.logits(*inputs)[0, -1].float().cpu()
         best, ids = logits_v.topk(min(top_k, len(logits_v)))
         if temperature == 0:
             tokens.append(int(ids[0]))
@@ -148,7 +150,8 @@ def sample_text(
 ) -> str:  # prompt and continuation
     "Let a trained run continue a text."
     model, recipe, size = load_model(run_dir)
+    device = "cuda" if recipe.bf16_weights and torch.cuda.is_available() else "cpu"  # few CPUs are fast with bf16
     coder = get_tokenizer(size.tokenizer)
     tokens = [coder.bos, *coder.encode(prompt)]
-    drawn = generate(model, recipe, tokens, count, temperature, top_k, seed)
+    drawn = generate(model.to(device), recipe, tokens, count, temperature, top_k, seed, device)
     return prompt + coder.decode(drawn)
