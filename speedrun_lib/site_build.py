@@ -304,6 +304,7 @@ SITE_CSS = """
 @media (max-width: 768px) { .bd-article h1 { font-size: 2rem; } .bd-article h2 { font-size: 1.6rem; } }
 .bd-content div.highlight pre, .bd-content div.cell_output pre { font-size: .8rem; }
 .bd-content .output.text_plain pre, .bd-content .output.stream pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+.bd-content :not(pre) > code, .bd-content code > .pre { white-space: normal; overflow-wrap: anywhere; }
 .bd-content p.speedrun-lead { font-size: 1.15em; color: var(--pst-color-text-muted); margin-bottom: 1.5em; }
 .bd-content p.speedrun-source { font-size: .8em; color: var(--pst-color-text-muted); margin: 1.4em 0 .3em; }
 .bd-content p.speedrun-source + div.cell { margin-top: 0; }

@@ -101,28 +101,21 @@ def snapshot(step, model, opt):
     return {"values": values, "states": states}
 
 
-@pytest.fixture(scope="module")
-def schedule():
-    "All transitions."
-    return run(SOME, every=snapshot)
-
-
-def test_rates_follow_the_stages(schedule):
+def test_the_whole_schedule_follows_the_original():
+    "Rates, distances, states and single weights in one test: the twelve steps before them take most of the time."
+    schedule = run(SOME, every=snapshot)
     assert [step["factor"] for step in schedule] == pytest.approx(FACTORS, rel=1e-6)
-
-
-@pytest.mark.parametrize("name", DISTANCES)
-def test_tables_and_scalars_move_as_far_as_the_originals(schedule, name):
-    found = [step["distances"][name] for step in schedule]
-    assert found[1::2] == pytest.approx(DISTANCES[name], rel=5e-6)
-    assert found[0] == 0 and found[2::2] == found[1:-1:2], "they rest at even steps"
-
-
-@pytest.mark.parametrize("place", ELEMENTS)
-def test_single_weights_follow_the_original(schedule, place):
-    found = [schedule[step]["values"][place] for step in (0, 1, 7, 11)]
-    atol = 1e-6 if place[0] in SOME else 1e-8 + 2e-8 * abs(ELEMENTS[place][-1])
-    assert found == pytest.approx(ELEMENTS[place][1:], rel=0, abs=max(atol, 6e-9))
+    for name, expected in DISTANCES.items():
+        found = [step["distances"][name] for step in schedule]
+        assert found[1::2] == pytest.approx(expected, rel=5e-6), name
+        assert found[0] == 0 and found[2::2] == found[1:-1:2], f"{name} rests at even steps"
+    for name, expected in STATES.items():
+        for step, state in zip((1, 7, 11), expected, strict=True):
+            assert schedule[step]["states"][name] == pytest.approx(state, rel=5e-6), (name, step)
+    for place, expected in ELEMENTS.items():
+        found = [schedule[step]["values"][place] for step in (0, 1, 7, 11)]
+        atol = 1e-6 if place[0] in SOME else 1e-8 + 2e-8 * abs(expected[-1])
+        assert found == pytest.approx(expected[1:], rel=0, abs=max(atol, 6e-9)), place
 
 
 def test_mlp_matrices_move_twice_and_four_times_as_far():
@@ -132,12 +125,6 @@ def test_mlp_matrices_move_twice_and_four_times_as_far():
     found = [step["weights"] for step in run(PAIR, most=2, every=look)]
     assert [w[0] for w in found] == pytest.approx(UP, rel=0, abs=1e-6)
     assert [w[1] for w in found] == pytest.approx(DOWN, rel=0, abs=1e-6)
-
-
-@pytest.mark.parametrize("name", STATES)
-def test_states_follow_the_original(schedule, name):
-    for step, expected in zip((1, 7, 11), STATES[name], strict=True):
-        assert schedule[step]["states"][name] == pytest.approx(expected, rel=5e-6)
 
 
 def test_other_configurations_run():

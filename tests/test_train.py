@@ -79,7 +79,7 @@ DEEP = ["backout", "bigram", "xsa", "documents", "bf16_weights"]
 
 @pytest.mark.parametrize("rung", SHALLOW + DEEP)
 def test_rungs_learn(shards, tmp_path, rung):
-    recipe = quick(rung, steps="30" if rung in SHALLOW else "9")
+    recipe = quick(rung, steps="20" if rung in SHALLOW else "6")
     loss = run_here(shards, tmp_path, recipe, val_every=30)
     log = read_log(tmp_path)
     assert loss < log.val_loss.dropna().iloc[0] - 1.5, "a few steps take bytes from 5.55 to below 4"
