@@ -23,7 +23,7 @@ from .data import get_tokenizer
 from .gpt import build_model
 from .page import COLORS, GREY
 from .recipe import SIZES, Recipe, Size, recipe_for
-from .train import RunError, read_checkpoint
+from .train import RunError, full_gpu_as_run_error, read_checkpoint
 
 # %% ../nbs/98_runs.ipynb #cb580cff
 def read_log(
@@ -140,6 +140,7 @@ def generate(
     return tokens[len(prompt):]
 
 
+@full_gpu_as_run_error()
 def sample_text(
     run_dir: Path,  # folder of a run
     prompt: str = "",  # text to continue; empty = a new document
@@ -148,7 +149,7 @@ def sample_text(
     top_k: int = 50,
     seed: int = 0,
 ) -> str:  # prompt and continuation
-    "Let a trained run continue a text."
+    "Let a trained run continue a text; raises `RunError` when it has no usable checkpoint or its GPU no room."
     model, recipe, size = load_model(run_dir)
     device = "cuda" if recipe.bf16_weights and torch.cuda.is_available() else "cpu"  # few CPUs are fast with bf16
     coder = get_tokenizer(size.tokenizer)

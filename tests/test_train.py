@@ -318,6 +318,10 @@ def test_a_full_gpu_says_what_to_do(shards, tmp_path, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 23 GiB. GPU 0 has 40 GiB")
 
+    run_here(shards, tmp_path / "trained", quick(steps="1"))
     monkeypatch.setattr(trainer, "build_model", full)
     with pytest.raises(RunError, match="CUDA out of memory: stop other programs .* SPEEDRUN_REPLAY=0"):
-        run_here(shards, tmp_path, quick())
+        run_here(shards, tmp_path / "stopped", quick())
+    monkeypatch.setattr("speedrun_lib.runs.generate", full)
+    with pytest.raises(RunError, match="CUDA out of memory: stop other programs"):
+        sample_text(tmp_path / "trained")
