@@ -8,7 +8,7 @@ __all__ = ['ATTENTION', 'document_slots', 'cumulative_lengths', 'dense_weights',
            'fa4_module', 'fa4_forward', 'fa4_backward', 'key_blocks', 'flex_varlen', 'compiled_flex',
            'choose_attention', 'available_attention', 'attention_backend', 'uses_flex', 'varlen_attention_op',
            'attention_kernels', 'varlen_attention_shapes', 'varlen_attention_backward', 'varlen_gradient_shapes',
-           'keep_for_backward', 'differentiate', 'varlen_attention', 'document_starts', 'DocumentLoader', 'Prefetcher']
+           'VarlenAttention', 'varlen_attention', 'document_starts', 'DocumentLoader', 'Prefetcher']
 
 # %% ../nbs/40_documents.ipynb #4903eefd
 import functools
@@ -144,6 +144,7 @@ def fa3_backward(grad_thk, q_thk, k_thk, v_thk, out_thk, lse_ht, cu_seqlens, max
 @functools.cache
 def fa4_module() -> ModuleType:
     "FlashAttention-4 from the wheel `flash-attn-4`; its inner functions are called, so the version is pinned."
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # it compiles once, not in every process
     return importlib.import_module("flash_attn.cute.interface")
 
 
@@ -312,18 +313,19 @@ def varlen_gradient_shapes(grad_thk, q_thk, k_thk, v_thk, *_):
     return q_thk.new_empty(q_thk.shape), k_thk.new_empty(k_thk.shape), v_thk.new_empty(v_thk.shape)
 
 
-def keep_for_backward(ctx, inputs: tuple, output: tuple) -> None:
-    "Inputs and outputs that the gradients need."
-    q_thk, k_thk, v_thk, *rest, ctx.rows = inputs
-    ctx.save_for_backward(q_thk, k_thk, v_thk, *output, *rest)
+class VarlenAttention(torch.autograd.Function):
+    "The operator and its gradient; traced with the network, so that the compiler's cache on disk notices changes."
 
+    @staticmethod
+    def forward(ctx, *inputs) -> Tensor:
+        out_thk, lse_ht = varlen_attention_op(*inputs)
+        q_thk, k_thk, v_thk, *rest, ctx.rows = inputs
+        ctx.save_for_backward(q_thk, k_thk, v_thk, out_thk, lse_ht, *rest)
+        return out_thk
 
-def differentiate(ctx, grad_thk: Tensor, _) -> tuple[Tensor | None, ...]:
-    "Gradients for autograd."
-    return *varlen_attention_backward(grad_thk, *ctx.saved_tensors, ctx.rows), None, None, None, None, None
-
-
-varlen_attention_op.register_autograd(differentiate, setup_context=keep_for_backward)
+    @staticmethod
+    def backward(ctx, grad_thk: Tensor) -> tuple[Tensor | None, ...]:
+        return *varlen_attention_backward(grad_thk, *ctx.saved_tensors, ctx.rows), None, None, None, None, None
 
 # %% ../nbs/40_documents.ipynb #5f553ee0
 def varlen_attention(
@@ -343,7 +345,7 @@ def varlen_attention(
     if rows > 1:
         cu_seqlens = rows * cu_seqlens
     if not uses_flex(device, q_thk.dtype):
-        return varlen_attention_op(q_thk, k_thk, v_thk, cu_seqlens, max_seqlen, window, softmax_scale, rows)[0]
+        return VarlenAttention.apply(q_thk, k_thk, v_thk, cu_seqlens, max_seqlen, window, softmax_scale, rows)
     flex = flex_varlen if torch.compiler.is_compiling() else compiled_flex()
     return flex(q_thk, k_thk, v_thk, cu_seqlens, window, softmax_scale)
 

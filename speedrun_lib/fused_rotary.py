@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ROTARY_TILES', 'plain_rotary_heads', 'even_and_odd', 'side_by_side', 'inverse_length', 'angles', 'one_of',
            'rotary_kernel', 'rotary_gradient_kernel', 'runs_rotary', 'check_rotary', 'rotary_heads',
-           'rotary_heads_shape', 'rotary_heads_backward', 'rotary_heads_gradient_shape', 'keep_heads', 'turn_back',
-           'fuses_rotary', 'fused_rotary_heads']
+           'rotary_heads_shape', 'rotary_heads_backward', 'rotary_heads_gradient_shape', 'RotaryHeads', 'fuses_rotary',
+           'fused_rotary_heads']
 
 # %% ../nbs/57_fused_rotary.ipynb #2c2afb9a
 import functools
@@ -217,19 +217,19 @@ def rotary_heads_gradient_shape(q_grad_thk, k_grad_thk, v_grad_thk, qkv_thk, *_)
     return qkv_thk.new_empty(qkv_thk.shape)
 
 
-def keep_heads(ctx, inputs: tuple, output: tuple) -> None:
-    "What the gradient needs."
-    *tensors, ctx.paired, ctx.offset = inputs
-    ctx.save_for_backward(*tensors)
+class RotaryHeads(torch.autograd.Function):
+    "The operator and its gradient."
 
+    @staticmethod
+    def forward(ctx, qkv_thk: Tensor, cos_tk: Tensor, sin_tk: Tensor, paired: bool, offset: bool) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(qkv_thk, cos_tk, sin_tk)
+        ctx.kind = paired, offset
+        return rotary_heads(qkv_thk, cos_tk, sin_tk, paired, offset)
 
-def turn_back(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    "Gradients for autograd."
-    grads = [grad.contiguous() for grad in grads]
-    return rotary_heads_backward(*grads, *ctx.saved_tensors, ctx.paired, ctx.offset), None, None, None, None
-
-
-rotary_heads.register_autograd(turn_back, setup_context=keep_heads)
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grads = [grad.contiguous() for grad in grads]
+        return rotary_heads_backward(*grads, *ctx.saved_tensors, *ctx.kind), None, None, None, None
 
 # %% ../nbs/57_fused_rotary.ipynb #c2306568
 @torch.compiler.assume_constant_result
@@ -248,4 +248,4 @@ def fused_rotary_heads(
     "`plain_rotary_heads`, for one batch row in one kernel where there is one."
     if len(qkv_bthk) > 1 or not fuses_rotary(qkv_bthk.device.type, qkv_bthk.dtype):
         return plain_rotary_heads(qkv_bthk, cos_tk, sin_tk, paired, offset)
-    return tuple(x_thk[None] for x_thk in rotary_heads(qkv_bthk.squeeze(0), cos_tk, sin_tk, paired, offset))
+    return tuple(x_thk[None] for x_thk in RotaryHeads.apply(qkv_bthk.squeeze(0), cos_tk, sin_tk, paired, offset))

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RunError', 'Interrupted', 'World', 'join_world', 'Run', 'RunLog', 'build_optimizer', 'lr_factor', 'save_checkpoint',
            'read_checkpoint', 'load_checkpoint', 'stop_signals', 'Stopwatch', 'forward', 'train_step',
-           'training_loader', 'validation_loader', 'validate', 'total_steps', 'set_step', 'tokens_before', 'warm_up',
-           'full_gpu_as_run_error', 'train', 'main']
+           'training_loader', 'validation_loader', 'validate', 'compile_model', 'total_steps', 'set_step',
+           'tokens_before', 'warm_up', 'full_gpu_as_run_error', 'train', 'main']
 
 # %% ../nbs/93_train.ipynb #f78a8000
 import argparse
@@ -29,6 +29,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 
 # %% ../nbs/93_train.ipynb #1c8c9b8c
 from .baseline import cosine, decay_groups
@@ -379,6 +380,14 @@ def validate(
     return world.average(total / (steps * len(world.parts))).item()
 
 # %% ../nbs/93_train.ipynb #6ca50dd0
+def compile_model(
+    model: nn.Module,
+) -> nn.Module:
+    "One graph for all of a run, kept on disk for the next one."
+    functorch_config.autograd_cache_allow_custom_autograd_functions = True
+    return torch.compile(model, dynamic=False, fullgraph=True)
+
+
 def total_steps(recipe: Recipe) -> int:
     "Scheduled steps, and those after them."
     return recipe.steps + recipe.extension if recipe.staged else recipe.steps
@@ -466,7 +475,7 @@ def train(
         log.text(f"attention: {attention_backend(world.device.type, numbers)}")
     torch.manual_seed(run.seed)
     bare_model = build_model(recipe, size).to(world.device)
-    model = torch.compile(bare_model, dynamic=False, fullgraph=True) if run.compile else bare_model
+    model = compile_model(bare_model) if run.compile else bare_model
     if recipe.replayed and replays(world.device.type):
         model = Replay(model, bare_model, GraphRecorder())
     optimizer = build_optimizer(recipe, bare_model, run.compile)

@@ -2,8 +2,9 @@
 
 import argparse
 import functools
+import importlib
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -67,6 +68,62 @@ def row(
         "runs": len(times), "median_ms": ms, "min_ms": min(times), "max_ms": max(times),
         "tflop_per_s": 1e-9 * flop / ms, "gb_per_s": 1e-6 * moved / ms, "floor_ms": floor, "share": floor / ms,
         "error": error, **{f"ceiling_{name}": value for name, value in ceilings().items()}, "note": ""}
+
+
+def off(found: torch.Tensor, exact: torch.Tensor) -> float:
+    "Norm of the difference over the norm."
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+def compiled(function: Callable) -> Callable:
+    "Compiled anew for each shape, which is when the compiler's kernels are fastest."
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def with_gradients(function: Callable, inputs: tuple, grad=None) -> list[torch.Tensor]:
+    "Outputs of a function and gradients of its inputs; `grad` is what arrives for each output."
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    out = function(*inputs)
+    found = torch.autograd.grad(out, inputs, grad)
+    return [*(x.detach() for x in (out if isinstance(out, tuple) else (out,))), *found]
+
+
+def liger(name: str) -> Callable | None:
+    "A class or function of Liger-Kernel, if it is installed."
+    try:
+        return getattr(importlib.import_module("liger_kernel.transformers"), name)
+    except ImportError:
+        return None
+
+
+def peak_gb(function: Callable) -> float:
+    "Memory that one call needs at most."
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    torch.cuda.synchronize()
+    return 1e-9 * (torch.cuda.max_memory_allocated() - before)
+
+
+def rows_of(kernel: str, shape: tuple[int, ...], versions: dict[str, tuple], slow: tuple[str, ...] = (),
+            **needs) -> Iterator[dict]:
+    "A row for each version: a function to time, perhaps one that returns its error, perhaps other `needs` (see `row`)."
+    for version, (function, wrong, *changed) in versions.items():
+        error = peak = float("nan")
+        try:
+            error = wrong() if wrong else error
+            peak = peak_gb(function)
+        except Exception as problem:  # `row` meets it again and writes it down
+            print(kernel, shape, version, problem, flush=True)
+        needs_now = needs | (changed[0] if changed else {})
+        found = row(kernel, "x".join(map(str, shape)), version, function, error=error,
+                    runs=10 if version in slow else 30, **needs_now)
+        found["peak_gb"] = peak
+        print(kernel, shape, version, found.get("median_ms"), found.get("share"), found["note"], flush=True)
+        yield found
+        torch.cuda.empty_cache()
 
 
 def command_line(description: str, measure: Callable[[], list[dict]]) -> None:

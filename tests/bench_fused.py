@@ -7,21 +7,25 @@ T = 16,384, 32,768, 49,152 tokens (a part in the record's stages), d = 768, v = 
 peak_gb (memory at its highest during a call, without what was there before it).
 
 - `linear_relu2`, `linear_relu2_gradient` ("TxDxN"): our kernel in both modes; `product`: the bare cuBLAS product
-- `mlp_forward`, `mlp_forward_backward`: `ours` (FusedMLP), `eager`, `compiled` (relu2_mlp), `products` (the two or six
-  cuBLAS products alone)
+- `mlp_forward`, `mlp_forward_backward`: `ours` (FusedMLP), `eager`, `compiled` (relu2_mlp), `liger` (its ReLU squared
+  between two products), `products` (the two or six cuBLAS products alone)
 - `loss` ("TxV"), losses and their gradient from bf16 logits: `ours` (gradient e5m2), `ours_bf16`; `eager`, `compiled`
   (mtp_losses of softcap, and autograd); `liger` (LigerCrossEntropyLoss in bf16: one target instead of three, and a
   cap by tanh). The floor moves 2 bytes in and 1 byte out for every logit; 2 out for a bf16 gradient
-- `head` ("TxDxV"): loss and gradients of x and w; `ours` (FP8, its casts uncompiled), `eager` and `compiled` in bf16
-- error: of the gradient (`linear_relu2`: of the output; `head`: of the gradient of w) against fp64, 2,048 tokens
+- `head` ("TxDxV"): loss and gradients of x and w; `ours` (FP8, its casts uncompiled), `ours_bf16`, `eager` and
+  `compiled` in bf16; `liger` (LigerFusedLinearCrossEntropyLoss in bf16: some hundred rows at a time; one target)
+- error: of the gradient (`linear_relu2`: of the output; `head`: of the gradient of w) against fp64, 2,048 tokens; of
+  `liger` against its own function
+
+Liger-Kernel is measured where `pip install liger-kernel` has been run (the course does not need it).
 """
 
 import functools
-import importlib
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+import unittest.mock
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -43,61 +47,16 @@ from speedrun_lib.logits import softcap
 from speedrun_lib.mtp import mtp_losses
 from speedrun_lib.relu2 import relu2_mlp
 from speedrun_lib.symmetric import tl, triton
-from tests.bench import command_line, milliseconds, row
+from tests.bench import command_line, compiled, liger, milliseconds, off, rows_of, with_gradients
 
 TOKENS, DIM, HIDDEN, VOCAB, CHECKED = (49_152, 16_384, 32_768), 768, 3072, 50_304, 2048
 BF16, E5M2 = torch.bfloat16, torch.float8_e5m2
+SLOW = "eager", "liger"  # timed fewer times
 
 
 def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
     "Normal numbers in bf16."
     return (scale * torch.randn(*shape, device="cuda")).to(BF16)
-
-
-def off(found: torch.Tensor, exact: torch.Tensor) -> float:
-    "Norm of the difference over the norm."
-    return float((found.double() - exact).norm() / exact.norm())
-
-
-@functools.cache
-def compiled(function: Callable) -> Callable:
-    "Compiled once for all numbers of tokens."
-    return torch.compile(function, fullgraph=True, dynamic=True)
-
-
-def peak_gb(function: Callable) -> float:
-    "Memory that one call needs at most."
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    function()
-    torch.cuda.synchronize()
-    return 1e-9 * (torch.cuda.max_memory_allocated() - before)
-
-
-def rows_of(kernel: str, shape: tuple[int, ...], versions: dict[str, tuple], **needs) -> Iterator[dict]:
-    "A row for each version: a function to time and, where it can be wrong, one that returns its error."
-    for version, (function, wrong, *changed) in versions.items():
-        error = peak = float("nan")
-        try:
-            error = wrong() if wrong else error
-            peak = peak_gb(function)
-        except Exception as problem:  # `row` meets it again and writes it down
-            print(kernel, shape, version, problem, flush=True)
-        needs_now = needs | (changed[0] if changed else {})
-        runs = 10 if version in ("eager", "liger") and kernel in ("loss", "head") else 30
-        found = row(kernel, "x".join(map(str, shape)), version, function, error=error, runs=runs, **needs_now)
-        found["peak_gb"] = peak
-        print(kernel, shape, version, found.get("median_ms"), found.get("share"), found["note"], flush=True)
-        yield found
-        torch.cuda.empty_cache()
-
-
-def with_gradients(function: Callable, inputs: tuple, grad: torch.Tensor | None = None) -> list[torch.Tensor]:
-    "Output and gradients of the inputs."
-    inputs = [x.detach().requires_grad_() for x in inputs]
-    out = function(*inputs)
-    return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
 
 
 def mlp_rows(tokens: int) -> Iterator[dict]:
@@ -124,18 +83,18 @@ def mlp_rows(tokens: int) -> Iterator[dict]:
         "ours": (lambda: linear_relu2(grad, down, post),
                  lambda: off(linear_relu2(few_grad, down, post[:CHECKED]), slope)),
         "product": (lambda: grad @ down.T, None)}, flop=flop, moved=moved + 2 * tokens * HIDDEN)
-    yield from rows_of("mlp_forward", shape, {
-        "ours": (lambda: FusedMLP.apply(x, up, down), None), "eager": (lambda: relu2_mlp(x, up, down), None),
-        "compiled": (lambda: compiled(relu2_mlp)(x, up, down), None),
-        "products": (lambda: (x @ up.T, post @ down), None)}, flop=2 * flop)
-
     def products():
         return x @ up.T, post @ down, grad @ down.T, post.T @ grad, post @ up, post.T @ x
 
+    ways = {"ours": FusedMLP.apply, "eager": relu2_mlp, "compiled": compiled(relu2_mlp)}
+    if activation := liger("LigerReLUSquared"):
+        ways["liger"] = lambda x, up, down: activation()(x @ up.T) @ down
+    yield from rows_of("mlp_forward", shape, {
+        **{version: (functools.partial(way, x, up, down), None) for version, way in ways.items()},
+        "products": (lambda: (x @ up.T, post @ down), None)}, flop=2 * flop)
     yield from rows_of("mlp_forward_backward", shape, {
-        "ours": (lambda: with_gradients(FusedMLP.apply, (x, up, down), grad), error_of(FusedMLP.apply)),
-        "eager": (lambda: with_gradients(relu2_mlp, (x, up, down), grad), error_of(relu2_mlp)),
-        "compiled": (lambda: with_gradients(compiled(relu2_mlp), (x, up, down), grad), None),
+        **{version: (functools.partial(with_gradients, way, (x, up, down), grad), error_of(way))
+           for version, way in ways.items()},
         "products": (products, None)}, flop=6 * flop)
 
 
@@ -144,17 +103,14 @@ def plain_loss(z: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) ->
     return mtp_losses(softcap(z.float())[None], targets[None], weights).sum()
 
 
+def tanh_loss(z: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    "What Liger-Kernel's losses compute."
+    return F.cross_entropy(30 * torch.tanh(z / 30), targets, reduction="sum")
+
+
 def plain_head(x: torch.Tensor, w: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     "With its product."
     return plain_loss(x @ w, targets, weights)
-
-
-def liger(name: str, **options) -> Callable | None:
-    "A loss of Liger-Kernel, if it is here."
-    try:
-        return getattr(importlib.import_module("liger_kernel.transformers"), name)(reduction="sum", **options)
-    except ImportError:
-        return None
 
 
 def loss_rows(tokens: int) -> Iterator[dict]:
@@ -181,9 +137,13 @@ def loss_rows(tokens: int) -> Iterator[dict]:
     versions = {"ours": ours(E5M2), "ours_bf16": ours(BF16), "compiled": autograd(compiled(plain_loss))}
     if tokens != 32_768:  # slow
         versions["eager"] = autograd(plain_loss)
-    if tokens == TOKENS[0] and (theirs := liger("LigerCrossEntropyLoss", softcap=30.0)):
-        versions["liger"] = (lambda: with_gradients(lambda z: theirs(z, targets), (z,)), None)  # overwrites z: last
-    yield from rows_of("loss", (tokens, VOCAB), versions, moved=4.0 * tokens * VOCAB)
+    if cross_entropy := liger("LigerCrossEntropyLoss"):
+        theirs = cross_entropy(softcap=30.0, reduction="sum")
+        with_one_target = with_gradients(lambda z: tanh_loss(z, few[1]), (few[0].double(),))[1]
+        versions["liger"] = (  # overwrites its input: last
+            lambda: with_gradients(lambda z: theirs(z, targets), (z,)),
+            lambda: off(with_gradients(lambda z: theirs(z, few[1]), (few[0].clone(),))[1], with_one_target))
+    yield from rows_of("loss", (tokens, VOCAB), versions, SLOW, moved=4.0 * tokens * VOCAB)
 
 
 def head_rows(tokens: int) -> Iterator[dict]:
@@ -201,11 +161,22 @@ def head_rows(tokens: int) -> Iterator[dict]:
         return (lambda: with_gradients(lambda x, w: function(x, w, targets, weights), (x, w)),
                 lambda: off(with_gradients(lambda x, w: checked(x, w, *rest), few)[2], exact), changed)
 
-    versions = {"ours": version(fused_head_loss, fused_head_loss, rate="fp8"),
+    def in_bf16(*inputs):
+        with unittest.mock.patch.object(fused, "uses_fp8", lambda device: False):
+            return fused_head_loss(*inputs)
+
+    versions = {"ours": version(fused_head_loss, fused_head_loss, rate="fp8"), "ours_bf16": version(in_bf16, in_bf16),
                 "compiled": version(compiled(plain_head), plain_head)}
     if tokens != 32_768:  # slow
         versions["eager"] = version(plain_head, plain_head)
-    yield from rows_of("head", (tokens, DIM, VOCAB), versions, flop=6.0 * tokens * DIM * VOCAB)
+    if linear_cross_entropy := liger("LigerFusedLinearCrossEntropyLoss"):
+        theirs, w_rows = linear_cross_entropy(softcap=30.0, reduction="sum"), w.T.contiguous()
+        double = [few[0].double(), w_rows.double()]
+        with_one_target = with_gradients(lambda x, w: tanh_loss(x @ w.T, rest[0]), double)[2]
+        versions["liger"] = (
+            lambda: with_gradients(lambda x, w: theirs(w, x, targets), (x, w_rows)),
+            lambda: off(with_gradients(lambda x, w: theirs(w, x, rest[0]), (few[0], w_rows))[2], with_one_target))
+    yield from rows_of("head", (tokens, DIM, VOCAB), versions, SLOW, flop=6.0 * tokens * DIM * VOCAB)
 
 
 def measure() -> list[dict]:

@@ -27,7 +27,7 @@ from speedrun_lib.symmetric import (
     transpose_launch,
     transposed,
 )
-from tests.bench import command_line, milliseconds, row
+from tests.bench import command_line, milliseconds, off, row
 
 BANKS = ((24, 3072, 768), (20, 768, 768), (60, 256, 768))
 SQUARES = tuple((max(1, 24 * 768**2 // n**2), n, n) for n in (768, 1024, 1536, 2048, 3072))
@@ -44,11 +44,6 @@ def stack(shape: tuple[int, int, int]) -> torch.Tensor:
     "Random matrices whose largest singular values are near one."
     generator = torch.Generator("cuda").manual_seed(0)
     return (torch.randn(shape, generator=generator, device="cuda") / 2 / max(shape[1:]) ** 0.5).bfloat16()
-
-
-def error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    "Norm of the difference over the norm."
-    return float((found.double() - exact).norm() / exact.norm())
 
 
 def with_tiles(*tiles: int) -> tuple[Callable, Callable]:
@@ -93,7 +88,7 @@ def rows_of(kernel: str, shape: tuple, versions: dict[str, Callable], inputs: tu
         wrong = float("nan")
         if exact is not None:
             try:
-                wrong = error(function(*inputs), exact)
+                wrong = off(function(*inputs), exact)
             except Exception as problem:  # `row` writes down why
                 print(kernel, name(shape), version, problem, flush=True)
         yield row(kernel, name(shape), version, lambda: function(*inputs), flop, moved, error=wrong)  # noqa: B023

@@ -14,6 +14,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
 
 from speedrun_lib import documents
 from speedrun_lib.data import DataError, OutOfDocumentsError, pack_row, write_shard
@@ -21,6 +23,7 @@ from speedrun_lib.documents import (
     ATTENTION,
     DocumentLoader,
     Prefetcher,
+    VarlenAttention,
     attention_backend,
     available_attention,
     choose_attention,
@@ -37,7 +40,7 @@ from speedrun_lib.documents import (
 from speedrun_lib.gpt import build_model
 from speedrun_lib.recipe import LADDER, SIZES, recipe_for
 from speedrun_lib.schedules import stage_batch
-from speedrun_lib.train import World, forward
+from speedrun_lib.train import World, compile_model, forward
 
 CPU = torch.device("cpu")
 PARTS = list(range(8))
@@ -480,13 +483,32 @@ def test_dense_weights_are_zero_across_borders_and_behind_the_window():
 
 def test_operator_registrations():
     borders = torch.tensor([0, 3, 3, 9], dtype=torch.int32)
-    q, k, v = (torch.randn(9, 2, 4, requires_grad=True) for _ in range(3))
+    q, k, v = (torch.randn(9, 2, 4) for _ in range(3))
     inputs = q, k, v, borders, *scalars(6, 4), 1
     torch.library.opcheck(varlen_attention_op, inputs)
-    out, lse = (x.detach() for x in varlen_attention_op(*inputs))
-    q, k, v = (x.detach() for x in (q, k, v))
+    out, lse = varlen_attention_op(*inputs)
     torch.library.opcheck(varlen_attention_backward, (torch.randn(9, 2, 4), q, k, v, out, lse, *inputs[3:]),
                           test_utils=("test_schema", "test_faketensor"))
+
+
+def test_compiled_code_is_kept_until_a_gradient_changes(fresh_compiler, monkeypatch):
+    q, k, v = (torch.randn(9, 2, 4, requires_grad=True) for _ in range(3))
+    borders = torch.tensor([0, 3, 3, 9], dtype=torch.int32)
+
+    def gradient():
+        torch._dynamo.reset()
+        counters.clear()
+        grad, = torch.autograd.grad(compile_model(varlen_attention)(q, k, v, borders, *scalars(6, 4)).sum(), v)
+        return grad, counters["aot_autograd"]["autograd_cache_hit"]
+
+    with fresh_cache():
+        right, hits = gradient()
+        again, more_hits = gradient()
+        assert torch.equal(right, again) and (hits, more_hits) == (0, 1)
+        old = VarlenAttention.backward
+        monkeypatch.setattr(VarlenAttention, "backward", staticmethod(lambda ctx, grad: old(ctx, 2 * grad)))
+        twice, hits = gradient()
+        assert torch.allclose(twice, 2 * right) and hits == 0, "the old gradient from the cache"
 
 
 def test_windows_scale_and_longest_document_do_not_compile_again(fresh_compiler):

@@ -51,6 +51,13 @@ def test_chapters_import_only_lower_chapters(module):
         assert not used, f"{module} is used everywhere and must not import the package"
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_gradients_are_in_autograd_functions(module):
+    "The compiler's cache on disk does not notice when a formula changes that was registered with an operator."
+    tree = ast.parse((ROOT / f"speedrun_lib/{module}.py").read_text(encoding="utf-8"))
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr == "register_autograd"]
+
+
 def test_no_exported_name_is_defined_twice():
     owners: dict[str, str] = {}
     for module in MODULES:

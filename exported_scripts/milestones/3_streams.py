@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 
 # ---- 01_data -------------------------------------------------------------------------------------
 
@@ -1222,6 +1223,14 @@ def validate(
     return world.average(total / (steps * len(world.parts))).item()
 
 
+def compile_model(
+    model: nn.Module,
+) -> nn.Module:
+    "One graph for all of a run, kept on disk for the next one."
+    functorch_config.autograd_cache_allow_custom_autograd_functions = True
+    return torch.compile(model, dynamic=False, fullgraph=True)
+
+
 def total_steps(recipe: Recipe) -> int:
     "Scheduled steps, and those after them."
     return recipe.steps
@@ -1292,7 +1301,7 @@ def train(
     loader = training_loader(train_files, recipe)
     torch.manual_seed(run.seed)
     bare_model = build_model(recipe, size).to(world.device)
-    model = torch.compile(bare_model, dynamic=False, fullgraph=True) if run.compile else bare_model
+    model = compile_model(bare_model) if run.compile else bare_model
     optimizer = build_optimizer(recipe, bare_model, run.compile)
     if run.compile:
         log.text("compiling the model and warming up kernels", console=True)

@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 
 # ---- 01_data -------------------------------------------------------------------------------------
 
@@ -706,6 +707,7 @@ def fa3_backward(grad_thk, q_thk, k_thk, v_thk, out_thk, lse_ht, cu_seqlens, max
 @functools.cache
 def fa4_module() -> ModuleType:
     "FlashAttention-4 from the wheel `flash-attn-4`; its inner functions are called, so the version is pinned."
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # it compiles once, not in every process
     return importlib.import_module("flash_attn.cute.interface")
 
 
@@ -874,18 +876,19 @@ def varlen_gradient_shapes(grad_thk, q_thk, k_thk, v_thk, *_):
     return q_thk.new_empty(q_thk.shape), k_thk.new_empty(k_thk.shape), v_thk.new_empty(v_thk.shape)
 
 
-def keep_for_backward(ctx, inputs: tuple, output: tuple) -> None:
-    "Inputs and outputs that the gradients need."
-    q_thk, k_thk, v_thk, *rest, ctx.rows = inputs
-    ctx.save_for_backward(q_thk, k_thk, v_thk, *output, *rest)
+class VarlenAttention(torch.autograd.Function):
+    "The operator and its gradient; traced with the network, so that the compiler's cache on disk notices changes."
 
+    @staticmethod
+    def forward(ctx, *inputs) -> Tensor:
+        out_thk, lse_ht = varlen_attention_op(*inputs)
+        q_thk, k_thk, v_thk, *rest, ctx.rows = inputs
+        ctx.save_for_backward(q_thk, k_thk, v_thk, out_thk, lse_ht, *rest)
+        return out_thk
 
-def differentiate(ctx, grad_thk: Tensor, _) -> tuple[Tensor | None, ...]:
-    "Gradients for autograd."
-    return *varlen_attention_backward(grad_thk, *ctx.saved_tensors, ctx.rows), None, None, None, None, None
-
-
-varlen_attention_op.register_autograd(differentiate, setup_context=keep_for_backward)
+    @staticmethod
+    def backward(ctx, grad_thk: Tensor) -> tuple[Tensor | None, ...]:
+        return *varlen_attention_backward(grad_thk, *ctx.saved_tensors, ctx.rows), None, None, None, None, None
 
 
 def varlen_attention(
@@ -905,7 +908,7 @@ def varlen_attention(
     if rows > 1:
         cu_seqlens = rows * cu_seqlens
     if not uses_flex(device, q_thk.dtype):
-        return varlen_attention_op(q_thk, k_thk, v_thk, cu_seqlens, max_seqlen, window, softmax_scale, rows)[0]
+        return VarlenAttention.apply(q_thk, k_thk, v_thk, cu_seqlens, max_seqlen, window, softmax_scale, rows)
     flex = flex_varlen if torch.compiler.is_compiling() else compiled_flex()
     return flex(q_thk, k_thk, v_thk, cu_seqlens, window, softmax_scale)
 
@@ -1789,6 +1792,14 @@ def validate(
     return world.average(total / (steps * len(world.parts))).item()
 
 
+def compile_model(
+    model: nn.Module,
+) -> nn.Module:
+    "One graph for all of a run, kept on disk for the next one."
+    functorch_config.autograd_cache_allow_custom_autograd_functions = True
+    return torch.compile(model, dynamic=False, fullgraph=True)
+
+
 def total_steps(recipe: Recipe) -> int:
     "Scheduled steps, and those after them."
     return recipe.steps
@@ -1862,7 +1873,7 @@ def train(
     log.text(f"attention: {attention_backend(world.device.type, numbers)}")
     torch.manual_seed(run.seed)
     bare_model = build_model(recipe, size).to(world.device)
-    model = torch.compile(bare_model, dynamic=False, fullgraph=True) if run.compile else bare_model
+    model = compile_model(bare_model) if run.compile else bare_model
     optimizer = build_optimizer(recipe, bare_model, run.compile)
     if run.compile:
         log.text("compiling the model and warming up kernels", console=True)
