@@ -219,12 +219,12 @@ class RecipeError(ValueError):
 
 
 def known(kind: str, name: str, names: list[str]) -> str:
-    "`name` if it is one of `names`; else a `RecipeError` that lists them and guesses the one meant."
+    "`name` if it is one of `names`; else a `RecipeError` that guesses the one meant, or lists them."
     if name in names:
         return name
     close = difflib.get_close_matches(name, names, 1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    raise RecipeError(f"unknown {kind} {name!r}: {hint}there are {', '.join(names)}")
+    hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(names)}"
+    raise RecipeError(f"unknown {kind} {name!r}: {hint}")
 
 
 def recipe_for(

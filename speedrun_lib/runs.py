@@ -52,8 +52,9 @@ def draw_runs(
 ) -> Figure:
     "Loss over training time, with tokens on the second panel: faster steps and better steps are different questions."
     fig, axes = plt.subplots(1, 2, figsize=(6.5, 3.2), sharey=True)
-    for label, log in runs.items():
-        color = COLORS.get(label)
+    free = [color for color in COLORS.values() if color not in {COLORS.get(label) for label in runs}]
+    for n, (label, log) in enumerate(runs.items()):
+        color = COLORS.get(label, free[n % len(free)])
         train, val = log.dropna(subset="train_loss"), log.dropna(subset="val_loss")
         for ax, x in zip(axes, (lambda t: t.train_time_ms / 1e3, lambda t: t.tokens / 1e3), strict=True):
             ax.plot(x(train), train.train_loss, color=color, alpha=0.25, lw=1)
