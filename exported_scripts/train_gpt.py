@@ -1510,7 +1510,7 @@ def symmetric_descriptor_kernel(
 
 SYMMETRIC_TILES = {  # block, block_k, group, stages, warps, descriptors
     "9": (128, 64, 8, 3, 4, True),  # tuned on an H100
-    "8": (128, 32, 8, 3, 8, False),
+    "8": (128, 32, 8, 3, 8, False),  # these two fit; how fast they are we have not measured
     "fallback": (64, 32, 8, 3, 4, False),
 }
 
@@ -1889,18 +1889,21 @@ def plain_softcapped_losses(z_tv: Tensor, targets_t: Tensor, weights_n: Tensor) 
 @torch.library.custom_op("speedrun_script::softcapped_losses", mutates_args=())
 def softcapped_losses(
     z_tv: Tensor,  # logits before the softcap
-    targets_t: Tensor,  # int64: the next token of each position
-    weights_n: Tensor,  # fp32: weight of the next token, of the one after it, ...; their sum is positive
+    targets_t: Tensor,  # int64: the next token of each position; from 0 to v - 1, which is not checked
+    weights_n: Tensor,  # weight of the next token, of the one after it, ...; their sum is positive
     grad_dtype: torch.dtype,  # of the gradient; for float8_e5m2 it is divided by GRADIENT_SCALE
 ) -> tuple[Tensor, Tensor]:  # (t,) fp32; (t, v): gradient of the sum of the losses with respect to z
-    "Softcap, multi-token cross-entropy, and their gradient in one pass (records 60, 67, 75, 79). Raises `ValueError`."
+    """Softcap, multi-token cross-entropy, and their gradient in one pass (records 60, 67, 75, 79).
+
+    By a kernel for bf16 logits of at most `LONGEST_ROW` columns, else by the plain formulas. Raises `ValueError`.
+    """
     if z_tv.ndim != 2 or targets_t.shape != z_tv.shape[:1] or targets_t.dtype != torch.int64 or weights_n.ndim != 1:
         raise ValueError(f"softcapped_losses takes logits (t, v), int64 targets (t,) and weights (n,), not "
                          f"{tuple(z_tv.shape)}, {targets_t.dtype} {tuple(targets_t.shape)}, {tuple(weights_n.shape)}")
     if not all(x.is_contiguous() for x in (z_tv, targets_t, weights_n)):
         raise ValueError("softcapped_losses takes contiguous tensors: use .contiguous()")
     if takes_triton(z_tv) and z_tv.dtype == torch.bfloat16 and z_tv.shape[1] <= LONGEST_ROW and len(z_tv):
-        return softcapped_launch(z_tv, targets_t, weights_n, grad_dtype)
+        return softcapped_launch(z_tv, targets_t, weights_n.float(), grad_dtype)
     loss_t, grad_tv = plain_softcapped_losses(z_tv, targets_t, weights_n)
     if grad_dtype == torch.float8_e5m2:
         grad_tv = grad_tv / GRADIENT_SCALE
@@ -1969,7 +1972,7 @@ gather_shares = getattr(dist, "all_gather_single", None) or getattr(dist, "all_g
 
 
 class Exchange:
-    "Brings each process the averaged gradient of its share, and everyone the new shares of all (records 22 and 44)."
+    "Brings each process the averaged gradient of its share, and everyone the new shares of all (records 24 and 61)."
 
     def __init__(self):
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -2040,7 +2043,7 @@ WORK_ORDER = (  # in which parameters are updated: what travels longest afterwar
 
 # ---- 55_sparse -----------------------------------------------------------------------------------
 
-SPARSE_FROM = 8  # processes; with fewer, each has more rows in use and longer steps: little is left to gain
+SPARSE_FROM = 8  # processes, as in record 71; with fewer there is less to gain (chapter 55 estimates)
 
 
 class SparseRows:
@@ -2052,7 +2055,7 @@ class SparseRows:
         exchange: Exchange,
     ):
         self.exchange, self.active = exchange, exchange.size >= SPARSE_FROM
-        self.used, self.counting = torch.zeros(rows, dtype=torch.bool), None
+        self.used, self.counting, self.announced = torch.zeros(rows, dtype=torch.bool), None, False
 
     def mark(self, inputs_bt: Tensor) -> None:
         "Note the rows of tokens, on the CPU, whose gradient the coming backward pass adds to."
@@ -2065,9 +2068,10 @@ class SparseRows:
             self.used |= grad.any(1).cpu()
 
     def announce(self, device: torch.device) -> None:
-        "Start to tell each process which of its rows come from here; every process has to call, once before `send`."
+        "Start to tell each process how many of its rows come from here; every process has to call, once before `send`."
         if not self.active:
             return
+        self.announced = True
         size, rank = self.exchange.size, self.exchange.rank
         rows = self.used.nonzero().squeeze(1).int()  # rising and without repetition: a row sent twice would count twice
         borders = torch.searchsorted(rows, torch.arange(size + 1, dtype=torch.int32) * (len(self.used) // size))
@@ -2091,12 +2095,15 @@ class SparseRows:
 
     def send(self, grad: Tensor) -> None:
         "Start to send the gradient's rows to those who own them."
+        if not self.announced:
+            raise RuntimeError("the rows of this step were not announced: call `announce` and `exchange_rows` before")
         values = grad[self.rows]
         self.values = values.new_empty((sum(self.splits[0]), values.shape[1]))
         self.sending = dist.all_to_all_single(self.values, values, *self.splits, async_op=True), values  # kept alive
 
     def receive(self, grad: Tensor) -> Tensor:
         "The averaged gradient of this process's rows; what others sent is added to `grad`, which is then used up."
+        self.announced = False
         self.numbering.wait()
         self.sending[0].wait()
         grad.index_add_(0, self.received_rows, self.values)

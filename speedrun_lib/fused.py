@@ -332,18 +332,21 @@ def plain_softcapped_losses(z_tv: Tensor, targets_t: Tensor, weights_n: Tensor) 
 @torch.library.custom_op("speedrun::softcapped_losses", mutates_args=())
 def softcapped_losses(
     z_tv: Tensor,  # logits before the softcap
-    targets_t: Tensor,  # int64: the next token of each position
-    weights_n: Tensor,  # fp32: weight of the next token, of the one after it, ...; their sum is positive
+    targets_t: Tensor,  # int64: the next token of each position; from 0 to v - 1, which is not checked
+    weights_n: Tensor,  # weight of the next token, of the one after it, ...; their sum is positive
     grad_dtype: torch.dtype,  # of the gradient; for float8_e5m2 it is divided by GRADIENT_SCALE
 ) -> tuple[Tensor, Tensor]:  # (t,) fp32; (t, v): gradient of the sum of the losses with respect to z
-    "Softcap, multi-token cross-entropy, and their gradient in one pass (records 60, 67, 75, 79). Raises `ValueError`."
+    """Softcap, multi-token cross-entropy, and their gradient in one pass (records 60, 67, 75, 79).
+
+    By a kernel for bf16 logits of at most `LONGEST_ROW` columns, else by the plain formulas. Raises `ValueError`.
+    """
     if z_tv.ndim != 2 or targets_t.shape != z_tv.shape[:1] or targets_t.dtype != torch.int64 or weights_n.ndim != 1:
         raise ValueError(f"softcapped_losses takes logits (t, v), int64 targets (t,) and weights (n,), not "
                          f"{tuple(z_tv.shape)}, {targets_t.dtype} {tuple(targets_t.shape)}, {tuple(weights_n.shape)}")
     if not all(x.is_contiguous() for x in (z_tv, targets_t, weights_n)):
         raise ValueError("softcapped_losses takes contiguous tensors: use .contiguous()")
     if takes_triton(z_tv) and z_tv.dtype == torch.bfloat16 and z_tv.shape[1] <= LONGEST_ROW and len(z_tv):
-        return softcapped_launch(z_tv, targets_t, weights_n, grad_dtype)
+        return softcapped_launch(z_tv, targets_t, weights_n.float(), grad_dtype)
     loss_t, grad_tv = plain_softcapped_losses(z_tv, targets_t, weights_n)
     if grad_dtype == torch.float8_e5m2:
         grad_tv = grad_tv / GRADIENT_SCALE

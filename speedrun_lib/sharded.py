@@ -34,7 +34,7 @@ gather_shares = getattr(dist, "all_gather_single", None) or getattr(dist, "all_g
 
 
 class Exchange:
-    "Brings each process the averaged gradient of its share, and everyone the new shares of all (records 22 and 44)."
+    "Brings each process the averaged gradient of its share, and everyone the new shares of all (records 24 and 61)."
 
     def __init__(self):
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

@@ -168,6 +168,32 @@ def test_orders_name_every_parameter_of_the_record():
     assert sorted(SCATTER_ORDER) == sorted(WORK_ORDER) == sorted(names)
 
 
+def test_gradients_leave_and_are_worked_on_in_the_written_orders(monkeypatch):
+    model, optimizer = start("sharded")
+    names, seen = {p: name for name, p in model.named_parameters()}, []
+
+    def noted(what):
+        old = getattr(Exchange, what)
+
+        def method(self, p, *more, **options):
+            seen.append((what, names[p]))
+            return old(self, p, *more, **options)
+
+        return method
+
+    for what in ("send", "receive", "spread"):
+        monkeypatch.setattr(Exchange, what, noted(what))
+    optimizer.step_number = 1
+    add_gradients(model, 1, 0, 1.0)
+    optimizer.step()
+    by = {what: [name for way, name in seen if way == what] for what in ("send", "receive", "spread")}
+    there = set(names.values()) - {"embed"}  # tied to the head
+    assert by["send"] == [name for name in SCATTER_ORDER if name in there]
+    assert by["receive"] == [name for name in WORK_ORDER if name in there]
+    assert by["spread"] == [name for name in WORK_ORDER if name in there and name in SHARDED]
+    assert [way for way, _ in seen[: len(there)]] == ["send"] * len(there), "all leave before the first is worked on"
+
+
 def test_the_table_says_how_gradients_travel():
     rules = parameter_rules(recipe_for("sparse_bigram"))
     travels = {name: rule.travels for name, rule in rules.items()}

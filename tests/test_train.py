@@ -10,13 +10,14 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
 from speedrun_lib import train as trainer
 from speedrun_lib.data import TokenLoader, find_shards, read_shard, write_demo, write_shard
 from speedrun_lib.recipe import LADDER, SIZES, recipe_for
-from speedrun_lib.runs import load_model, read_log, sample_text
+from speedrun_lib.runs import draw_runs, load_model, read_log, sample_text
 from speedrun_lib.train import (
     Run,
     RunError,
@@ -84,6 +85,13 @@ def test_rungs_learn(shards, tmp_path, rung):
     log = read_log(tmp_path)
     assert loss < log.val_loss.dropna().iloc[0] - 1.5, "a few steps take bytes from 5.55 to below 4"
     assert log.tokens.iloc[-1] == tokens_before(total_steps(recipe), recipe)
+
+
+def test_a_run_keeps_one_colour():
+    log = pd.DataFrame({name: [0, 1] for name in ("step", "tokens", "train_time_ms", "train_loss", "val_loss")})
+    for ax in draw_runs({"softcap": log, "muon": log}).axes:
+        softcap, softcap_val, muon, muon_val = (line.get_color() for line in ax.lines)
+        assert softcap == softcap_val != muon == muon_val
 
 
 def test_log_has_the_format_of_the_original(shards, tmp_path):
