@@ -243,21 +243,49 @@ COMPILED = {  # kernel -> types of its arguments, constants, and what its code f
 }
 
 
-@PLAIN
-@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
-@pytest.mark.parametrize("kernel", COMPILED)
-def test_kernels_compile_for_an_h100_without_one(kernel):
+def for_an_h100(kernel, warps=4, stages=3, types=(), **constants):
+    "Compile a kernel of `COMPILED` without a GPU, on request with other types and constants."
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    function, (types, constants, wanted) = getattr(symmetric, kernel), COMPILED[kernel]
+    function, (usual_types, usual_constants, _) = getattr(symmetric, kernel), COMPILED[kernel]
+    types, constants = usual_types | dict(types), usual_constants | constants
     names = function.arg_names
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
     values = {(names.index(n),): value for n, value in constants.items()}
     even = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n] in ("i32", "*bf16")}
     source = ASTSource(fn=function, signature=signature, constexprs=values, attrs=even)
-    code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "num_stages": 3})
-    assert all(instruction in code.asm["ptx"] for instruction in wanted)
+    options = {"num_warps": warps, "num_stages": stages}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+@PLAIN
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+@pytest.mark.parametrize("kernel", COMPILED)
+def test_kernels_compile_for_an_h100_without_one(kernel):
+    code = for_an_h100(kernel)
+    assert all(instruction in code.asm["ptx"] for instruction in COMPILED[kernel][2])
+
+
+@PLAIN
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+def test_two_programs_with_an_h100s_tiles_share_a_processor():
+    block, block_k, group, stages, warps, descriptors = symmetric.SYMMETRIC_TILES["9"]
+    assert descriptors
+    types = {name: f"tensordesc<bf16[{block}, {width}]>"
+             for name, width in (("x", block_k), ("x_tile", block), ("out", block))}
+    code = for_an_h100("symmetric_descriptor_kernel", warps, stages, types, TALL=False, QUINTIC=False, BLOCK=block,
+                       BLOCK_K=block_k, GROUP=group)
+    assert code.metadata.shared <= 113 * 1024, "of 227 KB"
+
+
+@PLAIN
+@pytest.mark.parametrize(("capability", "row"), [((8, 0), "8"), ((9, 0), "9"), ((12, 0), "fallback")], ids=str)
+@pytest.mark.parametrize("table", ["SYMMETRIC_TILES", "TRANSPOSE_TILES"])
+def test_each_architecture_has_its_tiles(monkeypatch, table, capability, row):
+    monkeypatch.setattr(symmetric, "capability_of", lambda device: capability)
+    tiles = getattr(symmetric, table)
+    assert symmetric.tiles_for(torch.zeros(1), tiles) == tiles.get(row, tiles["fallback"])
 
 
 # ---- the network's use of them
