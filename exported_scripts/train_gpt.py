@@ -52,7 +52,7 @@ class DataError(ValueError):
 def read_header(
     path: Path,  # a `.bin` shard
 ) -> int:  # number of tokens in the shard
-    "Check magic, version and size of a shard; raises `DataError` (format: llm.c, spec of the speedrun's data)."
+    "Check magic, version and size of a shard; raises `DataError` (format: llm.c)."
     size = path.stat().st_size
     with path.open("rb") as file:
         header = np.frombuffer(file.read(12).ljust(12, b"\0"), dtype="<i4")
@@ -127,7 +127,8 @@ class TokenLoader:
         aligned: bool,  # rows start at document starts (record 26) instead of anywhere
     ):
         self.files, self.rows, self.row_len = files, rows, row_len
-        self.bos, self.aligned, self.max_len = bos, aligned, row_len
+        self.bos, self.aligned = bos, aligned
+        self.max_len = row_len + 1  # a document may fill a row, its last target included
         if rows % PARTS:
             raise ValueError(f"{rows} rows per step cannot be dealt to {PARTS} parts; use a multiple of {PARTS}")
         self.open(shard=0, cursor=0)
@@ -952,8 +953,9 @@ class DocumentLoader(TokenLoader):
             before = min(first, 2)  # the demo's rule looks two tokens back
             starts = document_starts(self.tokens[first - before : end - 1], self.bos) - before
             starts = starts[starts >= 0]
-        # if they do not fit, a power of two: few different lengths, so that little compiles again
-        slots = max(document_slots(self.row_len), 1 << (len(starts) + 1).bit_length())
+        needed, slots = len(starts) + 2, document_slots(self.row_len)  # zero, the starts, the end
+        if slots < needed:  # a power of two: few different lengths, so that little compiles again
+            slots = 1 << (needed - 1).bit_length()
         borders = cumulative_lengths(torch.from_numpy(starts), self.row_len, slots)
         return *super().batch(rows), borders, torch.tensor(self.max_len, dtype=torch.int32)
 

@@ -27,7 +27,7 @@ class DataError(ValueError):
 def read_header(
     path: Path,  # a `.bin` shard
 ) -> int:  # number of tokens in the shard
-    "Check magic, version and size of a shard; raises `DataError` (format: llm.c, spec of the speedrun's data)."
+    "Check magic, version and size of a shard; raises `DataError` (format: llm.c)."
     size = path.stat().st_size
     with path.open("rb") as file:
         header = np.frombuffer(file.read(12).ljust(12, b"\0"), dtype="<i4")
@@ -204,7 +204,8 @@ class TokenLoader:
         aligned: bool,  # rows start at document starts (record 26) instead of anywhere
     ):
         self.files, self.rows, self.row_len = files, rows, row_len
-        self.bos, self.aligned, self.max_len = bos, aligned, row_len
+        self.bos, self.aligned = bos, aligned
+        self.max_len = row_len + 1  # a document may fill a row, its last target included
         if rows % PARTS:
             raise ValueError(f"{rows} rows per step cannot be dealt to {PARTS} parts; use a multiple of {PARTS}")
         self.open(shard=0, cursor=0)

@@ -47,7 +47,7 @@ class DataError(ValueError):
 def read_header(
     path: Path,  # a `.bin` shard
 ) -> int:  # number of tokens in the shard
-    "Check magic, version and size of a shard; raises `DataError` (format: llm.c, spec of the speedrun's data)."
+    "Check magic, version and size of a shard; raises `DataError` (format: llm.c)."
     size = path.stat().st_size
     with path.open("rb") as file:
         header = np.frombuffer(file.read(12).ljust(12, b"\0"), dtype="<i4")
