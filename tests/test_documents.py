@@ -123,6 +123,14 @@ def test_borders_end_one_before_the_pieces(tmp_path):
     assert targets[0, 11] == 0, "the end of a document is asked for the next one's opening token"
 
 
+@pytest.mark.parametrize(("documents", "slots"), [(70, 96), (95, 96), (96, 128), (130, 256)])
+def test_borders_that_fit_get_the_usual_slots(tmp_path, documents, slots):
+    "A power of two only if zero, the starts and the end do not fit."
+    path = numbered_shard(tmp_path / "a_train_1.bin", [32_769 // documents + 1] * (documents * 9))
+    batch, *_ = DocumentLoader([path], 32_768, 2048, 0, aligned=True).next_step(PARTS)
+    assert len(batch[2]) == slots and int((batch[2] < 32_768).sum()) == documents
+
+
 def test_slots_are_those_of_the_specification():
     assert [document_slots(n) for n in (16_384, 32_768, 49_152, 262_144)] == [64, 96, 128, 896]
     assert document_slots(38_400) == 128 and document_slots(38_700) == 256
