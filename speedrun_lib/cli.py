@@ -31,7 +31,7 @@ from .page import use_style
 from .recipe import LADDER, SIZES, Recipe, RecipeError, known, recipe_for
 from .runs import draw_runs, read_log, sample_text, stored_losses
 from .site_build import SiteError, build_site
-from .train import Interrupted, Run, RunError, RunLog, join_world, train
+from .train import Interrupted, Run, RunError, RunLog, join_world, total_steps, train
 
 # %% ../nbs/96_cli.ipynb #f8e5c51c
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False,
@@ -66,10 +66,11 @@ def run_rung(rung: str, recipe: Recipe, size: str, run: Run, device: str) -> flo
     world = join_world(device)
     for path in (p for split in ("train", "val") for p in find_shards(run.data_dir, split)):
         read_header(path)  # bad data end the command before anything is drawn or written
-    log = ProgressLog(run.run_dir, world.rank, run.resume, f"{rung} ({size})", recipe.steps)
+    log = ProgressLog(run.run_dir, world.rank, run.resume, f"{rung} ({size})", total_steps(recipe))
     if world.rank == 0:
         log.text(export_script(rung))
         log.text("=" * 100)
+        log.text(f"recipe of this run, where --set changed the script's: {recipe}")
     try:
         loss = train(recipe, SIZES[size], run, world, log)
     finally:
@@ -156,11 +157,11 @@ def demo_table(logs: dict, out: Path) -> Table:
 def ladder(
     size: Annotated[str, typer.Option(help="Show the recipe values at this size.")] = "full",
 ) -> None:
-    "List the rungs: what each changes, where it is explained, what it bought when it was a record."
+    "List the rungs: what each changes, where it is explained, which records it stands for."
     known("size", size, list(SIZES))
     records = load_records()
     table = Table(title=f"the ladder (changes at size {size})", show_lines=True)
-    for name in ("rung", "chapter", "records", "minutes (published)", "what", f"changes at size {size}"):
+    for name in ("rung", "chapter", "records", "minutes of the last of these (published)", "what", f"changes at size {size}"):
         table.add_column(name)
     before = None
     for rung in LADDER:
@@ -227,7 +228,7 @@ def sample(
     seed: Annotated[int, typer.Option(help="Seed of the drawing.")] = 0,
 ) -> None:
     "Let a trained model continue a text."
-    console.print(sample_text(run_dir, prompt, tokens, temperature, top_k, seed), markup=False)
+    console.print(sample_text(run_dir, prompt, tokens, temperature, top_k, seed), markup=False, soft_wrap=True)
 
 
 @app.command(epilog="Example: `speedrun export muon -o my_muon.py`")
@@ -238,10 +239,15 @@ def export(
 ) -> None:
     "Write a rung as one self-contained torchrun script, or all milestones of the course."
     folder = Path("exported_scripts")
+    if rung is not None and check:
+        raise ExportError("--check looks at the milestones and takes no rung; leave one of them out")
+    if rung is None and out is not None:
+        raise ExportError("-o names the file of one rung; say which: `speedrun export muon -o FILE`")
     if rung is not None:
         path = out or Path(f"{rung}.py")
         path.write_text(export_script(rung), encoding="utf-8")
-        console.print(f"wrote {path}; run it with: torchrun --standalone --nproc_per_node=1 {path} --size nano")
+        line = f"wrote {path}; run it with: torchrun --standalone --nproc_per_node=1 {path} --size nano"
+        console.print(line, soft_wrap=True)
     elif check:
         stale = stale_exports(folder)
         if stale:
@@ -261,8 +267,10 @@ def diff(
     "Show the lines that a rung adds to another one's script."
     text = diff_rungs(old, new)
     added, removed = count_diff(text)
-    if not stat:
-        console.print(Syntax(text, "diff", background_color="default"))
+    if not stat and console.is_terminal:
+        console.print(Syntax(text, "diff", background_color="default", word_wrap=True))
+    elif not stat:  # a file or a pipe: every character, for `patch`
+        typer.echo(text, nl=False)
     console.print(f"{old} -> {new}: +{added} -{removed} lines")
 
 # %% ../nbs/96_cli.ipynb #af986c74
@@ -323,7 +331,7 @@ def health() -> list[tuple[str, str, str]]:  # rows: what, found, consequence
     else:
         rows.append(("GPU", "none", "size nano trains on the CPU; mini and full want a GPU"))
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    rows.append(("C compiler", compiler or "none", "needed by torch.compile" if not compiler else "torch.compile works"))
+    rows.append(("C compiler", compiler or "none", "torch.compile needs one" if compiler else "install one: torch.compile needs it"))
     free = shutil.disk_usage(".").free / 1e9
     rows.append(("disk here", f"{free:.0f} GB free", "a FineWeb shard takes 0.2 GB"))
     text = "naïve ☕"
@@ -332,7 +340,8 @@ def health() -> list[tuple[str, str, str]]:  # rows: what, found, consequence
     for size in SIZES.values():
         folder = default_data_dir(size.data)
         count = len(list(folder.glob("*_train_*.bin")))
-        hint = "speedrun data get demo" if size.data.startswith("demo") else "speedrun data get fineweb --shards 1"
+        hint = "speedrun data get demo" if size.data.startswith("demo") else (
+            f"speedrun data get fineweb --shards {5 if size.name == 'full' else 2}")
         rows.append((f"data for {size.name}", f"{folder}: {count} training shards", "" if count else hint))
     return rows
 
@@ -357,4 +366,7 @@ def command_line() -> None:
         sys.exit(130)
     except (DataError, ExportError, RecipeError, RunError, SiteError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"error: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)

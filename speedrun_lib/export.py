@@ -87,10 +87,8 @@ def is_global(name: cst.Name, scope: Scope) -> bool:
 
 
 def extended_name(statement: cst.BaseStatement) -> str | None:
-    "`op` for a statement that registers something on `op`: `@op.register_fake`, `op.register_autograd(...)`."
+    "`op` for a function that is registered on `op`: `@op.register_fake`."
     calls = [d.decorator for d in statement.decorators] if isinstance(statement, cst.FunctionDef) else []
-    if m.matches(statement, m.SimpleStatementLine(body=[m.Expr(m.Call())])):
-        calls = [statement.body[0].value]
     for node in calls:
         method = node.func if isinstance(node, cst.Call) else node
         if m.matches(method, m.Attribute(value=m.Name(), attr=m.Name(m.MatchRegex("register_.*")))):
@@ -739,7 +737,8 @@ def definitions_block(statements: Iterable[cst.BaseStatement], chapter_of: dict[
     return text
 
 # %% ../nbs/95_export.ipynb #aa4d6333
-HEADER = '''"""{title}
+HEADER = '''"""Train GPT-2 by all rungs of the ladder up to `{rung}`, which adds:
+{title}.
 
 Rung `{rung}` of the NanoGPT speedrun course ({records}); chapter nbs/{chapter}.ipynb.
 Made by `speedrun export {rung}` from the course's notebooks: change those, not this file.
@@ -768,8 +767,7 @@ def export_script(
     records = f"record{'s' * (len(step.records) > 1)} {', '.join(step.records)}"
     if not step.records:
         records = "an addition to record 82"
-    summary = step.summary[0].upper() + step.summary[1:] + "."
-    header = HEADER.format(title=summary, rung=rung, records=records, chapter=step.chapter)
+    header = HEADER.format(title=step.summary, rung=rung, records=records, chapter=step.chapter)
     # operators of a script have names of their own: registered twice, a name is taken from the first, here the package
     definitions = definitions_block(others, chapter_of).replace('custom_op("speedrun::', 'custom_op("speedrun_script::')
     return "\n\n\n".join([
@@ -779,7 +777,7 @@ def export_script(
     ])
 
 # %% ../nbs/95_export.ipynb #e8c77653
-MILESTONES = {  # file without its ending -> rung: the last one before each part ends, and the whole record
+MILESTONES = {  # file without its ending -> rung: seven stops on the way, and the whole ladder
     "milestones/0_baseline": "baseline", "milestones/1_modern": "softcap", "milestones/2_muon": "late_split",
     "milestones/3_streams": "xsa", "milestones/4_attention": "paired_heads", "milestones/5_curriculum": "staged",
     "milestones/6_systems": "fused_loss", "train_gpt": LADDER[-1].name,

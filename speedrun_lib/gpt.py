@@ -69,6 +69,7 @@ class GPT(nn.Module):
             self.past_windows: list[tuple[int, int]] = []  # those that the rotary tables follow
         if recipe.mtp:
             self.register_buffer("mtp_weights", torch.empty(3), persistent=False)
+        if recipe.mtp or recipe.windows:
             self.at_step(0)
         if recipe.bf16_weights:
             for name, p in self.named_parameters():
@@ -130,9 +131,10 @@ class GPT(nn.Module):
 
     def at_step(self, step: int) -> None:
         "Set what depends on the step: weights of the targets, windows, and what follows the long window."
-        weights = mtp_weights(step, self.recipe.steps)
-        # always three of them in the same memory: a compiled network wants one shape, a recorded one the same place
-        self.mtp_weights.copy_(torch.tensor(weights + [0.0] * (3 - len(weights))))
+        if self.recipe.mtp:
+            weights = mtp_weights(step, self.recipe.steps)
+            # always three of them in the same memory: a compiled network wants one shape, a recorded one the same place
+            self.mtp_weights.copy_(torch.tensor(weights + [0.0] * (3 - len(weights))))
         if self.recipe.windows:
             windows = stage_windows(step, self.recipe.steps, self.recipe.window_block)
             if self.recipe.yarn and windows != self.past_windows:
@@ -285,7 +287,7 @@ class GPT(nn.Module):
             x_btd = self.hidden(inputs_bt, cu_seqlens, max_len)
             return fused_head_loss(x_btd.squeeze(0), self.lm_head, targets_bt.squeeze(0), self.mtp_weights)
         z_btv = self.logits(inputs_bt, cu_seqlens, max_len).float()
-        if self.recipe.mtp and self.training:
+        if self.recipe.mtp and self.training and not self.recipe.fused_loss:
             return mtp_losses(z_btv, targets_bt, self.mtp_weights).sum()
         return F.cross_entropy(z_btv.flatten(0, 1), targets_bt.flatten())
 

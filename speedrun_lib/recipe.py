@@ -8,6 +8,7 @@ __all__ = ['SIZES', 'LADDER', 'Recipe', 'choice_fields', 'Size', 'Rung', 'Recipe
 # %% ../nbs/90_recipe.ipynb #6ed6988f
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_type_hints
 
@@ -241,6 +242,13 @@ def recipe_for(
         recipe = dataclasses.replace(recipe, **step.changes)
         recipe = dataclasses.replace(recipe, **step.at.get(size, {}))
     recipe = dataclasses.replace(recipe, **parse_overrides(overrides or {}))
+    if SIZES[size].model_dim % (4 * recipe.num_heads):
+        raise RecipeError(f"num_heads={recipe.num_heads}: heads of size {size} need a dimension divisible by 4, and "
+                          f"together the width {SIZES[size].model_dim}")
+    if recipe.model == "gpt2" and recipe.optimizer == "muon":
+        raise RecipeError("optimizer=muon needs model=gpt: the textbook network has no banks of matrices")
+    if recipe.fused_loss and not recipe.mtp:
+        raise RecipeError("fused_loss=true needs mtp=true: its kernel takes the targets' weights")
     if recipe.gated_skip and recipe.num_layers != 11:
         raise RecipeError(f"rungs from gated_skip on name layers by number and need num_layers=11, not {recipe.num_layers}")
     return recipe
@@ -258,9 +266,12 @@ def parse_overrides(
             parsed[name] = values[known(f"value of {name}", text.lower(), list(values))]
             continue
         try:
-            parsed[name] = hints[name](float(text)) if hints[name] is int else float(text)
+            number = float(text)
         except ValueError:
             raise RecipeError(f"{name} takes a number, not {text!r}") from None
+        if not math.isfinite(number) or (hints[name] is int and number != int(number)):
+            raise RecipeError(f"{name} takes a {'whole' if hints[name] is int else 'finite'} number, not {text!r}")
+        parsed[name] = hints[name](number)
         if parsed[name] < 0 or (hints[name] is int and parsed[name] < 1):
             raise RecipeError(f"{name}={text} is out of range")
     return parsed

@@ -99,7 +99,7 @@ def load_model(
         recipe = dataclasses.replace(recipe_for(meta["rung"], size.name), **meta["recipe"])
     model = build_model(recipe, size)
     model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
-    if recipe.mtp:
+    if recipe.mtp or recipe.windows:
         model.at_step(meta["step"])
     return model.eval(), recipe, size
 

@@ -57,7 +57,7 @@ class Machine:
     def run_folder(self, out: str, *names: str) -> None:
         (self.path / out).mkdir(parents=True)
         for name in names:
-            (self.path / out / name).touch()
+            (self.path / out / name).write_text("begun")
 
     def command(self, file: str, *args: str, **env: str) -> subprocess.Popen:
         return subprocess.Popen(["bash", LAUNCH / file, *args], cwd=self.path, env=self.env | env, text=True,
@@ -162,8 +162,8 @@ def test_run_through_a_link_from_elsewhere(machine):
 def test_run_never_overwrites_a_run(machine):
     machine.run_folder("runs/train_gpt-full-seed0", "log.jsonl")
     machine.run_folder("mine", "log.jsonl", "checkpoint.safetensors")
-    assert "already holds a run" in machine.refuse()
-    assert "already holds a run" in machine.refuse("--out=mine", "--seed", "4")
+    assert "already holds a run; it has no checkpoint: delete it" in machine.refuse()
+    assert "already holds a run; add --resume" in machine.refuse("--out=mine", "--seed", "4")
     assert "no checkpoint" in machine.refuse("--resume")
     assert "no checkpoint" in machine.refuse("--resume", "--out", "new")
     machine.shards(needed("full"))

@@ -16,6 +16,8 @@ import torch
 
 from speedrun_lib import train as trainer
 from speedrun_lib.data import TokenLoader, find_shards, read_shard, write_demo, write_shard
+from speedrun_lib.export import diff_rungs
+from speedrun_lib.gpt import build_model
 from speedrun_lib.recipe import LADDER, SIZES, recipe_for
 from speedrun_lib.runs import draw_runs, load_model, read_log, sample_text
 from speedrun_lib.train import (
@@ -246,6 +248,14 @@ FAULTS = {
     "unknown rungs to compare": (["diff", "lean", "moon"], "did you mean 'muon'?"),
     "unknown export": (["export", "x"], "unknown rung"),
     "empty folder": (["data", "check", "nowhere"], "nowhere"),
+    "infinite steps": (["train", "muon", "--set", "steps=inf"], "takes a whole number"),
+    "half a step": (["train", "muon", "--set", "steps=2.5"], "takes a whole number"),
+    "three heads": (["train", "muon", "--set", "num_heads=3"], "num_heads=3"),
+    "no banks": (["train", "muon", "--set", "positions=learned", "--set", "model=gpt2"], "needs model=gpt"),
+    "one target": (["train", "fused_loss", "--set", "mtp=false"], "needs mtp=true"),
+    "rung and check": (["export", "muon", "--check"], "takes no rung"),
+    "file without rung": (["export", "-o", "x.py"], "say which"),
+    "no such folder": (["export", "muon", "-o", "nowhere/x.py"], "nowhere/x.py: No such file"),
     "folder is a file": (["train", "muon", "--out", "file/run"], "cannot write to run folder"),
 }
 
@@ -258,6 +268,40 @@ def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path):
     lines = done.stderr.strip().splitlines()
     assert done.returncode == 2 and len(lines) == 1, done.stderr
     assert lines[0].startswith("error: ") and expected in lines[0]
+
+
+def test_a_run_that_could_not_begin_leaves_the_folder_free(tmp_path):
+    done = speedrun("train", "muon", "--set", "batch_rows=7", "--out", "run", cwd=tmp_path, env=ENV)
+    assert done.returncode == 2 and (tmp_path / "run/log.jsonl").stat().st_size == 0
+    RunLog(tmp_path / "run", 0)
+    (tmp_path / "run/log.jsonl").write_text("{}")
+    with pytest.raises(RunError, match="it has no checkpoint: delete it"):
+        RunLog(tmp_path / "run", 0)
+
+
+def test_a_diff_in_a_pipe_keeps_every_character(tmp_path):
+    done = speedrun("diff", "softcap", "muon", cwd=tmp_path, env=ENV)
+    assert done.returncode == 0 and diff_rungs("softcap", "muon") in done.stdout
+
+
+def test_the_log_says_what_differs_from_its_script(tmp_path):
+    sets = ("steps=1", "muon_lr=0.5", "seq_len=32", "num_layers=1")
+    done = speedrun("train", "muon", "--out", "run", *(x for s in sets for x in ("--set", s)), cwd=tmp_path, env=ENV)
+    assert done.returncode == 0 and "muon_lr=0.5" in (tmp_path / "run/log.txt").read_text(), done.stderr
+
+
+def test_windows_without_several_targets(shards):
+    recipe, size = recipe_for("windows", "nano", {"mtp": "false"}), SIZES["nano"]
+    model = build_model(recipe, size)
+    assert (int(model.short), int(model.long)) == (16, 48)
+
+
+@pytest.mark.parametrize("wrong", ["--steps=0", "--val-every=-3", "--batch-rows=0", "--save-every=0"])
+def test_a_script_refuses_numbers_below_one(wrong, capsys):
+    with pytest.raises(SystemExit) as end, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["script.py", wrong])
+        trainer.main({"nano": recipe_for("muon", "nano")}, SIZES, "muon")
+    assert end.value.code == 2 and "is not 1 or more" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -23,6 +23,7 @@ environment:
   HF_ENDPOINT           another address of the Hugging Face hub
   SPEEDRUN_ATTENTION    fa3, fa4, fa2, flex or reference (default: the best that this GPU can run)
   SPEEDRUN_FP8          1 or 0 (default: 1 where the GPU can)
+  SPEEDRUN_REPLAY       1 or 0: launch every kernel by itself, which needs less memory (default: 1)
 TEXT
 }
 
@@ -66,8 +67,10 @@ esac
 out=${out:-runs/train_gpt-$size-seed$seed} # the script's own default
 if [[ -n $resume ]]; then
   [[ -e $out/checkpoint.safetensors ]] || die "there is no checkpoint in $out; leave out --resume or name another --out"
-elif [[ -e $out/log.jsonl ]]; then
-  die "$out already holds a run; add --resume to continue it or name another --out"
+elif [[ -s $out/log.jsonl ]]; then
+  advice="it has no checkpoint: delete it"
+  [[ ! -e $out/checkpoint.safetensors ]] || advice="add --resume to continue it"
+  die "$out already holds a run; $advice or name another --out"
 fi
 
 # nvidia-smi does not look at CUDA_VISIBLE_DEVICES; CUDA ends that list at the first -1.

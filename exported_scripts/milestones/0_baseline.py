@@ -1,4 +1,5 @@
-"""GPT-2 as llm.c trains it: AdamW, cosine schedule.
+"""Train GPT-2 by all rungs of the ladder up to `baseline`, which adds:
+GPT-2 as llm.c trains it: AdamW, cosine schedule.
 
 Rung `baseline` of the NanoGPT speedrun course (record 1); chapter nbs/02_baseline.ipynb.
 Made by `speedrun export baseline` from the course's notebooks: change those, not this file.
@@ -371,8 +372,11 @@ class RunLog:
             return
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            if (run_dir / "log.jsonl").exists() and not resume:
-                raise RunError(f"{run_dir} already holds a run; add --resume to continue it or name another --out")
+            log = run_dir / "log.jsonl"
+            if not resume and log.exists() and log.stat().st_size:  # empty: an earlier call ended before it began
+                whole = (run_dir / "checkpoint.safetensors").exists()
+                advice = "add --resume to continue it" if whole else "it has no checkpoint: delete it"
+                raise RunError(f"{run_dir} already holds a run; {advice} or name another --out")
             self.text_file = (run_dir / "log.txt").open("a", encoding="utf-8")
             self.json_file = (run_dir / "log.jsonl").open("a", encoding="utf-8")
         except OSError as error:
@@ -437,10 +441,14 @@ def save_checkpoint(
     if world.rank:
         return
     partial = path.with_suffix(".partial")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata={"run": json.dumps(meta)})
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata={"run": json.dumps(meta)})
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"cannot write {path} ({error}); free some space or name another --out. An earlier checkpoint, "
+                       "if any, is whole: --resume continues from it") from None
 
 
 def read_checkpoint(
@@ -712,16 +720,24 @@ def train(
                     raise Interrupted(f"stopped after step {done}; continue with the same command and --resume")
 
 
+def positive(text: str) -> int:
+    "A whole number from 1 on, for argparse."
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return number
+
+
 def main(recipes: dict[str, Recipe], sizes: dict[str, Size], rung: str) -> None:
     "Command line of an exported script; run it directly or under torchrun."
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--size", choices=list(recipes), default="full", help="nano runs on a laptop CPU")
     parser.add_argument("--data", type=Path, help="folder with *_train_*.bin and *_val_*.bin shards")
     parser.add_argument("--out", type=Path, help="folder for log and checkpoint")
-    parser.add_argument("--steps", type=int, help="train this many steps instead of the recipe's")
-    parser.add_argument("--batch-rows", type=int, help="rows per step instead of the recipe's")
-    parser.add_argument("--val-every", type=int, default=125)
-    parser.add_argument("--save-every", type=int, default=1000)
+    parser.add_argument("--steps", type=positive, help="train this many steps instead of the recipe's")
+    parser.add_argument("--batch-rows", type=positive, help="rows per step instead of the recipe's")
+    parser.add_argument("--val-every", type=positive, default=125)
+    parser.add_argument("--save-every", type=positive, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
