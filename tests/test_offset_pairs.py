@@ -129,7 +129,7 @@ def test_order_in_the_doubled_sequence_is_causal_and_the_window_counts_rows(row)
 def network(rung, heads=4):
     torch.manual_seed(0)
     width = {4: 128, 6: 96}[heads]
-    recipe = recipe_for(rung, "nano", {"num_heads": str(heads)})
+    recipe = dataclasses.replace(recipe_for(rung, "nano"), num_heads=heads)
     return gpt.build_model(recipe, dataclasses.replace(SIZES["nano"], model_dim=width))
 
 
