@@ -130,8 +130,8 @@ class RunLog:
                 whole = (run_dir / "checkpoint.safetensors").exists()
                 advice = "add --resume to continue it" if whole else "it has no checkpoint: delete it"
                 raise RunError(f"{run_dir} already holds a run; {advice} or name another --out")
-            self.text_file = (run_dir / "log.txt").open("a", encoding="utf-8")
-            self.json_file = (run_dir / "log.jsonl").open("a", encoding="utf-8")
+            self.text_file = (run_dir / "log.txt").open("a" if resume else "w", encoding="utf-8")
+            self.json_file = log.open("a", encoding="utf-8")
         except OSError as error:
             raise RunError(f"cannot write to run folder {run_dir} ({error.strerror}); "
                            "name another with --out") from None
@@ -390,7 +390,7 @@ def validate(
 def compile_model(
     model: nn.Module,
 ) -> nn.Module:
-    "One graph for all of a run, kept on disk for the next one."
+    "The network compiled, for training and for evaluation; its graphs stay on disk, also with autograd functions."
     functorch_config.autograd_cache_allow_custom_autograd_functions = True
     return torch.compile(model, dynamic=False, fullgraph=True)
 

@@ -46,12 +46,18 @@ def liger_heads(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.
     return q.transpose(1, 2), k.transpose(1, 2)
 
 
+def with_tables(function: Callable, tables: tuple) -> Callable:
+    "The function of its inputs alone."
+    return lambda *inputs: function(*inputs, *tables)
+
+
 def error_of(function: Callable, exact: Callable, inputs: tuple, grads: list[torch.Tensor], tables: tuple) -> float:
     "Of outputs and gradients."
     few, few_grads = ([x[:, :CHECKED].clone() for x in each] for each in (inputs, grads))
-    right = with_gradients(lambda *x: exact(*x, *(y[: 2 * CHECKED].double() for y in tables)),
-                           [x.double() for x in few], [x.double() for x in few_grads])
-    found = with_gradients(lambda *x: function(*x, *(y[: 2 * CHECKED] for y in tables)), few, few_grads)
+    tables = [x[: 2 * CHECKED] for x in tables]
+    right = with_gradients(with_tables(exact, [x.double() for x in tables]), [x.double() for x in few],
+                           [x.double() for x in few_grads])
+    found = with_gradients(with_tables(function, tables), few, few_grads)
     return off(*(torch.cat([x.flatten() for x in each]) for each in (found, right)))
 
 
@@ -78,18 +84,13 @@ def rows_for(tokens: int, kind: str) -> Iterator[dict]:
         ways["liger"] = liger_heads, plain_halves, apart, [x.clone() for x in grads[:2]], halved, 24, 60
     vector, shape, forward, both = 2.0 * HEAD_DIM * tokens, (tokens, HEADS, HEAD_DIM), {}, {}
     for version, (function, exact, inputs, own_grads, own_tables, few, many) in ways.items():
-        with_tables = functools.partial(with_last, function, own_tables)
-        forward[version] = functools.partial(with_tables, *inputs), None, {"moved": few * vector}
-        both[version] = (functools.partial(with_gradients, with_tables, inputs, own_grads),
+        call = with_tables(function, own_tables)
+        forward[version] = functools.partial(call, *inputs), None, {"moved": few * vector}
+        both[version] = (functools.partial(with_gradients, call, inputs, own_grads),
                          functools.partial(error_of, function, exact, inputs, own_grads, own_tables),
                          {"moved": many * vector})
     yield from rows_of(kind, shape, forward)
     yield from rows_of(f"{kind}_gradient", shape, both)
-
-
-def with_last(function: Callable, last: tuple, *first) -> tuple[torch.Tensor, ...]:
-    "Call a function with arguments in this order."
-    return function(*first, *last)
 
 
 def measure() -> list[dict]:

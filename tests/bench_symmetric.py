@@ -27,7 +27,7 @@ from speedrun_lib.symmetric import (
     transpose_launch,
     transposed,
 )
-from tests.bench import command_line, milliseconds, off, row
+from tests.bench import command_line, compiled, milliseconds, off, row
 
 BANKS = ((24, 3072, 768), (20, 768, 768), (60, 256, 768))
 SQUARES = tuple((max(1, 24 * 768**2 // n**2), n, n) for n in (768, 1024, 1536, 2048, 3072))
@@ -73,12 +73,6 @@ def polar_exact(u: torch.Tensor) -> torch.Tensor:
         poly = plain_quintic(plain_gram(x), b, c)
         x = a * x + (x @ poly if x.shape[-2] > x.shape[-1] else poly @ x)
     return x
-
-
-def compiled(function: Callable) -> Callable:
-    "A fresh compilation, for one shape."
-    torch._dynamo.reset()
-    return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 def rows_of(kernel: str, shape: tuple, versions: dict[str, Callable], inputs: tuple, exact: torch.Tensor | None,

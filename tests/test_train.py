@@ -279,6 +279,15 @@ def test_a_run_that_could_not_begin_leaves_the_folder_free(tmp_path):
         RunLog(tmp_path / "run", 0)
 
 
+def test_a_full_disk_ends_in_one_line(shards, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise trainer.SafetensorError("No space left on device")
+
+    monkeypatch.setattr(trainer, "save_file", full)
+    with pytest.raises(RunError, match="cannot write .*No space left on device.*free some space"):
+        run_here(shards, tmp_path, quick(steps="1"))
+
+
 def test_a_diff_in_a_pipe_keeps_every_character(tmp_path):
     done = speedrun("diff", "softcap", "muon", cwd=tmp_path, env=ENV)
     assert done.returncode == 0 and diff_rungs("softcap", "muon") in done.stdout
